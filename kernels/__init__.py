@@ -1,0 +1,11 @@
+"""Operations on the device, one a file: the formula, a plain torch reference beside it, and what is faster.
+
+attention   softmax(QKᵀ/√d)V over packed sequences, in both directions
+norm        LayerNorm, alone and after a residual sum
+activation  the feed-forward non-linearities that checkpoints name
+linear      xWᵀ + b, with a fused activation or residual where the CPU library offers it
+pooling     token states → one vector a text: pool, cut, normalise, check
+dispatch    which implementation of each runs on which device: the one table of that choice
+
+Needs torch; imports nothing else of the project.
+"""

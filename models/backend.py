@@ -1,0 +1,30 @@
+"""The protocol of all backends: a packed batch in, packed token states out.
+
+Pooling, cutting and normalising come after any of them, in the same kernel, so they cannot differ.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from embedserve.models.batch import PackedBatch
+from embedserve.models.config import ModelConfig
+
+
+class Backend(Protocol):
+    """A loaded model.
+
+    cost: what a batch costs, for the batcher: "packed", the sum of tokens; "padded", rows times the longest.
+    """
+
+    name: str
+    cost: Literal["packed", "padded"]
+
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        """Read the weights onto the device. Raises CheckpointError."""
+
+    def hidden_states(self, batch: PackedBatch) -> Tensor:
+        """Return the last layer's states, [tokens, hidden], in the batch's order, in the model's dtype."""

@@ -1,0 +1,27 @@
+"""The native backend: our own packed modules, one class a family."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from embedserve.kernels import dispatch
+from embedserve.models import registry
+from embedserve.models.batch import PackedBatch
+from embedserve.models.config import ModelConfig
+
+
+class NativeBackend:
+    """Runs a family's packed module with the kernels that the device offers; see `Backend`."""
+
+    name = "native"
+    cost: Literal["packed", "padded"] = "packed"
+
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self._model = registry.family(config.family)(config, device, dtype, dispatch.choose(device, dtype))
+
+    def hidden_states(self, batch: PackedBatch) -> Tensor:
+        """See `Backend`."""
+        return self._model(batch)

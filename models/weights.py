@@ -1,0 +1,179 @@
+"""safetensors → parameters, strictly: a tensor that is missing, misshapen or left over is an error.
+
+Never a pickle: a `.bin` checkpoint can run code when it is read, so it is refused with the way out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from embedserve.models.errors import CheckpointError
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+# TensorFlow's names, still found in old checkpoints.
+_OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+
+class Weights:
+    """The tensors of one checkpoint, handed out by name; a context manager that holds the files open.
+
+    Take every tensor of the graph with `take`, then call `finish`, which raises for what nobody took.
+    """
+
+    def __init__(self, folder: Path, *, prefixes: Iterable[str] = ("",), ignored: Iterable[str] = ()) -> None:
+        """Open `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
+
+        prefixes are tried in order: the first that some tensor begins with is stripped from all names.
+        ignored are regular expressions of whole names (after stripping) that the graph does not use.
+        Raises CheckpointError if there is no such file, only a pickle, or a file is damaged.
+        """
+        self.folder = folder
+        self._ignored = tuple(re.compile(pattern) for pattern in ignored)
+        self._handles: list[Any] = []
+        self._source: dict[str, tuple[Any, str]] = {}
+        for file, expected in _files(folder).items():
+            self._open(file, expected)
+        self._prefix = next((p for p in prefixes if p and any(name.startswith(p) for name in self._source)), "")
+        self._left = set(self._source)
+
+    def __enter__(self) -> Weights:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the files."""
+        for handle in self._handles:
+            handle.__exit__(kind, error, trace)
+        self._handles.clear()
+
+    def _open(self, file: Path, expected: set[str] | None) -> None:
+        try:
+            handle: Any = safe_open(file, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file}: not a readable safetensors file ({error}); copy the checkpoint again"
+            ) from error
+        self._handles.append(handle)
+        names = set(handle.keys())
+        if expected is not None and (missing := sorted(expected - names)):
+            raise CheckpointError(
+                f"{file}: tensor {missing[0]!r} is missing though {_INDEX} places it here; copy the checkpoint again"
+            )
+        for name in names:
+            if name in self._source:
+                raise CheckpointError(
+                    f"{file}: tensor {name!r} is also in {Path(self._source[name][1]).name}; "
+                    "remove the file that does not belong to the checkpoint"
+                )
+            self._source[name] = (handle, str(file))
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return tensor `name` (without prefix) in its stored dtype, on the CPU.
+
+        Raises CheckpointError if it is absent, has another shape, or is not of a floating dtype.
+        """
+        stored = self._stored_name(name)
+        handle, file = self._source[stored]
+        found = tuple(handle.get_slice(stored).get_shape())
+        if found != shape:
+            raise CheckpointError(
+                f"{file}: tensor {stored!r} has shape {list(found)}, but config.json asks for {list(shape)}; "
+                "the two do not belong to one checkpoint"
+            )
+        tensor: Tensor = handle.get_tensor(stored)
+        if tensor.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{file}: tensor {stored!r} is stored as {str(tensor.dtype).removeprefix('torch.')}; expected float32, "
+                "float16 or bfloat16: quantised checkpoints are not supported, use the original one"
+            )
+        self._left.discard(stored)
+        return tensor
+
+    def _stored_name(self, name: str) -> str:
+        candidates = [self._prefix + name]
+        for new, old in _OLD_NAMES.items():
+            if name.endswith(new):
+                candidates.append(self._prefix + name.removesuffix(new) + old)
+        for candidate in candidates:
+            if candidate in self._source:
+                return candidate
+        raise CheckpointError(
+            f"{self.folder}: no tensor {' or '.join(map(repr, candidates))} in the checkpoint; it is incomplete, or "
+            "its config.json names another architecture than the weights have"
+        )
+
+    def finish(self) -> None:
+        """Raise CheckpointError if a tensor was not taken and is not on the list of ignored ones."""
+        unknown = sorted(
+            name
+            for name in self._left
+            if not any(pattern.fullmatch(name.removeprefix(self._prefix)) for pattern in self._ignored)
+        )
+        if unknown:
+            more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+            raise CheckpointError(
+                f"{self._source[unknown[0]][1]}: the model has no use for tensor {', '.join(map(repr, unknown[:3]))}"
+                f"{more}; the weights belong to another architecture than config.json says, and dropping them would "
+                "give wrong vectors"
+            )
+
+
+def _files(folder: Path) -> Mapping[Path, set[str] | None]:
+    """The safetensors files of a checkpoint, each with the tensors that the index promises in it."""
+    if (folder / _SINGLE).is_file():
+        return {folder / _SINGLE: None}
+    index = folder / _INDEX
+    if index.is_file():
+        return _shards(index)
+    pickles = [name for name in _PICKLES if (folder / name).is_file()]
+    if pickles:
+        raise CheckpointError(
+            f"{folder / pickles[0]}: a pickle can run code when it is read, so only safetensors are loaded; convert it "
+            "with `AutoModel.from_pretrained(folder).save_pretrained(folder, safe_serialization=True)`, "
+            "or take a revision of the model that has model.safetensors"
+        )
+    raise CheckpointError(f"{folder}: neither {_SINGLE} nor {_INDEX} is there; copy the checkpoint's weights too")
+
+
+def _shards(index: Path) -> Mapping[Path, set[str] | None]:
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+    except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
+        raise CheckpointError(f"{index}: not a JSON object with a field 'weight_map'; copy the file again") from error
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(file, str) for file in weight_map.values())
+    ):
+        raise CheckpointError(f"{index}: field 'weight_map' must map each tensor to a file name; copy the file again")
+    shards: dict[Path, set[str] | None] = {}
+    promised: dict[str, set[str]] = {}
+    for tensor, file in weight_map.items():
+        promised.setdefault(file, set()).add(tensor)
+    for file, tensors in sorted(promised.items()):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index}: field 'weight_map' names {file!r}; expected the plain name of a .safetensors file "
+                "in the folder"
+            )
+        if not (index.parent / file).is_file():
+            raise CheckpointError(
+                f"{index.parent / file}: this shard of the weights is missing; copy the checkpoint again"
+            )
+        shards[index.parent / file] = tensors
+    return shards

@@ -1,0 +1,287 @@
+"""Runner: the one owner of a device. A batch of token ids in, vectors out; called from one thread.
+
+ids, lengths → PackedRows (sorted) → staged to the device → backend → pool → cut → normalise → check → back, in order
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from embedserve.kernels import pooling
+from embedserve.models import registry
+from embedserve.models.backend import Backend
+from embedserve.models.batch import Ints, PackedBatch, PackedRows
+from embedserve.models.config import ModelConfig, read_config
+from embedserve.models.errors import BatchError, ModelError
+
+Floats = npt.NDArray[np.float32]
+Flags = npt.NDArray[np.bool_]
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# A batch runs at most about this long: what waits behind it waits no longer, and a single text is not held up.
+_LONGEST_BATCH_S = {"cpu": 0.100, "cuda": 0.020}
+_SMALLEST_BATCH = 256
+_LARGEST_BATCH = {"cpu": 8192, "cuda": 262_144}
+# Below this share of the best rate a larger batch is worth its latency.
+_NEAR_BEST = 0.97
+_PROBE_LENGTH = 64
+
+
+class DeviceError(ModelError):
+    """The asked device or dtype is not there; the message says what is."""
+
+
+@dataclass(frozen=True)
+class RunnerInfo:
+    """What a runner runs on, for health pages and for the batcher.
+
+    max_batch_tokens bounds a batch's cost: the sum of tokens if cost is "packed", rows times the longest if "padded". A
+    single text may exceed it. dimension is the size of an uncut vector.
+    """
+
+    device: str
+    device_name: str
+    dtype: str
+    backend: str
+    cost: Literal["packed", "padded"]
+    max_batch_tokens: int
+    max_tokens: int
+    dimension: int
+    threads: int
+
+
+class Runner:
+    """A loaded model on its device. Build it with `load`; then `warm_up` once, then `run` for each batch."""
+
+    def __init__(
+        self, backend: Backend, config: ModelConfig, device: torch.device, dtype: torch.dtype, threads: int
+    ) -> None:
+        self._backend = backend
+        self._config = config
+        self._device = device
+        self._dtype = dtype
+        self._threads = threads
+        self._stage = _Stage(device)
+        self._max_batch_tokens = _SMALLEST_BATCH
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        config: ModelConfig | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        backend: str = "native",
+        threads: int | None = None,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> Runner:
+        """Read a checkpoint onto a device.
+
+        config: what `catalog.configure` made of the folder; read from the folder alone if absent.
+        device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N".
+        dtype: "auto" (float16 on CUDA, float32 on the CPU), "float32", "float16" or "bfloat16".
+        threads: of the CPU's operations; None takes all cores that the process may use.
+        progress: called with a line of text at each step.
+
+        Raises DeviceError for a device or dtype that is not there, CheckpointError for a checkpoint that cannot be run.
+        """
+        place = _pick_device(device)
+        kind = _pick_dtype(dtype, place)
+        count = _set_threads(threads)
+        if config is None:
+            config = read_config(folder)
+        shown = str(kind).removeprefix("torch.")
+        progress(f"loading {folder.name} as {shown} onto {place}")
+        started = time.perf_counter()
+        with torch.inference_mode():
+            loaded = registry.backend(backend)(config, place, kind)
+        progress(f"loaded in {time.perf_counter() - started:.1f} s")
+        return cls(loaded, config, place, kind, count)
+
+    @property
+    def info(self) -> RunnerInfo:
+        """The runner's facts; `max_batch_tokens` is measured by `warm_up` and the smallest before it."""
+        return RunnerInfo(
+            device=str(self._device),
+            device_name=_device_name(self._device),
+            dtype=str(self._dtype).removeprefix("torch."),
+            backend=self._backend.name,
+            cost=self._backend.cost,
+            max_batch_tokens=self._max_batch_tokens,
+            max_tokens=self._config.max_tokens,
+            dimension=self._config.dimension,
+            threads=self._threads,
+        )
+
+    @torch.inference_mode()
+    def run(self, ids: Ints, lengths: Ints, dimensions: Ints) -> tuple[Floats, Flags]:
+        """Embed a batch.
+
+        ids: int32 [total], the token ids of all texts, one after another. lengths: int32 [rows], tokens of each text.
+        dimensions: int32 [rows], components wanted of each vector, 1 to `info.dimension`.
+
+        Returns (vectors, finite): float32 [rows, max(dimensions)], row i zero from column dimensions[i] on; and bool
+        [rows], false where a vector holds a NaN or an infinity.
+
+        Raises BatchError if the arrays do not fit together, an id is not in the vocabulary, a text is longer than the
+        model's positions, or a dimension is out of range.
+        """
+        self._check(ids, lengths, dimensions)
+        rows = PackedRows.pack(ids, lengths)
+        widest = int(dimensions.max())
+        cut = None if int(dimensions.min()) == self._config.dimension else dimensions[rows.order]
+        batch, cut_there = self._stage.send(rows, cut)
+        states = self._backend.hidden_states(batch)
+        pooled = pooling.pool(states, batch.layout.cu_seqlens, self._config.pooling)
+        vectors, finite = pooling.finish(pooled, cut_there, normalize=self._config.normalize)
+        # The first copy waits for the device; the second finds it done.
+        host_vectors: Floats = vectors[:, :widest].cpu().numpy()
+        host_finite: Flags = finite.cpu().numpy()
+        return rows.restore(host_vectors), rows.restore(host_finite)
+
+    def _check(self, ids: Ints, lengths: Ints, dimensions: Ints) -> None:
+        if dimensions.shape != lengths.shape:
+            raise BatchError(f"{len(lengths)} lengths came with {len(dimensions)} dimensions; expected one each")
+        if not len(ids) or not len(lengths):
+            raise BatchError("a batch needs at least one text")
+        # On a GPU an index out of range kills the process's whole CUDA context, so it is caught here.
+        if int(ids.min()) < 0 or int(ids.max()) >= self._config.vocab_size:
+            raise BatchError(
+                f"token ids run from {int(ids.min())} to {int(ids.max())}, but the vocabulary from 0 to "
+                f"{self._config.vocab_size - 1}; the tokenizer and the weights do not belong together"
+            )
+        if int(lengths.max()) > self._config.max_positions:
+            raise BatchError(
+                f"a text has {int(lengths.max())} tokens, the model takes {self._config.max_positions}; "
+                "cut it in the tokenizer"
+            )
+        if int(dimensions.min()) < 1 or int(dimensions.max()) > self._config.dimension:
+            raise BatchError(
+                f"dimensions run from {int(dimensions.min())} to {int(dimensions.max())}; expected 1 to "
+                f"{self._config.dimension}"
+            )
+
+    def warm_up(self, progress: Callable[[str], None] = lambda _: None) -> None:
+        """Run batches of growing size: allocators and libraries settle, and `info.max_batch_tokens` is measured.
+
+        It becomes the smallest size within 3 % of the best rate, among those that run in about 100 ms on a CPU or 20 ms
+        on a GPU. Takes about a second.
+        """
+        length = min(_PROBE_LENGTH, self._config.max_tokens)
+        limit = _LONGEST_BATCH_S[self._device.type]
+        rates: dict[int, float] = {}
+        size = _SMALLEST_BATCH
+        self._probe(1, length)
+        while size <= _LARGEST_BATCH[self._device.type]:
+            seconds = self._probe(max(1, size // length), length)
+            rates[size] = size / seconds
+            # The next one takes about twice as long.
+            if seconds * 2 > limit:
+                break
+            size *= 2
+        best = max(rates.values())
+        self._max_batch_tokens = next(size for size, rate in rates.items() if rate >= _NEAR_BEST * best)
+        progress(f"batches of up to {self._max_batch_tokens} tokens, {best:,.0f} tokens/s")
+
+    def _probe(self, rows: int, length: int) -> float:
+        """Seconds of the fastest of three runs of rows × length tokens."""
+        ids = np.random.default_rng(0).integers(0, self._config.vocab_size, rows * length, dtype=np.int32)
+        lengths = np.full(rows, length, dtype=np.int32)
+        dimensions = np.full(rows, self._config.dimension, dtype=np.int32)
+        fastest = float("inf")
+        for _ in range(3):
+            started = time.perf_counter()
+            self.run(ids, lengths, dimensions)
+            fastest = min(fastest, time.perf_counter() - started)
+        return fastest
+
+
+class _Stage:
+    """Brings a batch's integers to the device: in place on the CPU, in one copy from pinned memory to CUDA."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pinned = torch.empty(0, dtype=torch.int32)
+
+    def send(self, rows: PackedRows, dimensions: Ints | None) -> tuple[PackedBatch, Tensor | None]:
+        """Return the batch on the device, and dimensions there."""
+        if self._device.type == "cpu":
+            return PackedBatch.on_cpu(rows), None if dimensions is None else torch.from_numpy(dimensions)
+        parts = [rows.ids, rows.positions, rows.rows, rows.cu_seqlens]
+        if dimensions is not None:
+            parts.append(dimensions)
+        sizes = [len(part) for part in parts]
+        total = sum(sizes)
+        if self._pinned.numel() < total:
+            self._pinned = torch.empty(2 * total, dtype=torch.int32, pin_memory=True)
+        # Free for reuse: `run` has waited for the previous batch before it returned.
+        np.concatenate(parts, out=self._pinned.numpy()[:total])
+        there = torch.split(self._pinned[:total].to(self._device, non_blocking=True), sizes)
+        batch = PackedBatch.from_staged(rows, ids=there[0], positions=there[1], rows=there[2], cu_seqlens=there[3])
+        return batch, there[4] if dimensions is not None else None
+
+
+def _pick_device(asked: str) -> torch.device:
+    if asked == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    kind, _, index = asked.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()) or (kind == "cpu" and index):
+        raise DeviceError(f"device {asked!r} is unknown; expected auto, cpu, cuda or cuda:N")
+    if kind == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        built = "this torch is built without CUDA" if torch.version.cuda is None else "the driver shows no GPU"
+        raise DeviceError(f"device {asked!r}: no CUDA device is there ({built}); use --device cpu or auto")
+    if index and int(index) >= count:
+        raise DeviceError(f"device {asked!r}: there are {count} CUDA devices, the last is cuda:{count - 1}")
+    return torch.device("cuda", int(index or 0))
+
+
+def _pick_dtype(asked: str, device: torch.device) -> torch.dtype:
+    if asked == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if asked not in _DTYPES:
+        raise DeviceError(f"dtype {asked!r} is unknown; expected auto, {', '.join(_DTYPES)}")
+    dtype = _DTYPES[asked]
+    if device.type == "cpu" and dtype != torch.float32:
+        raise DeviceError(
+            f"dtype {asked} on the CPU is not supported: it is slower than float32 there and less exact; use "
+            "float32 or auto"
+        )
+    if dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise DeviceError(f"dtype bfloat16: {_device_name(device)} has none; use float16 or float32")
+    return dtype
+
+
+def _set_threads(asked: int | None) -> int:
+    if asked is not None and asked < 1:
+        raise DeviceError(f"threads {asked}: expected at least 1")
+    # Of the cores that the process may use: in a container os.cpu_count() says the machine's.
+    count = asked if asked is not None else len(os.sched_getaffinity(0))
+    torch.set_num_threads(count)
+    return count
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
