@@ -31,17 +31,26 @@ class Layout:
     runs: tuple[tuple[int, int, int], ...]
 
 
+# Measured: see attend_by_runs.
+_SHORT = 96
+
+
 def attend_by_runs(qkv: Tensor, layout: Layout) -> Tensor:
     """One dense attention a run of rows of equal length: no padding, no mask. The reference, and the CPU's path.
 
-    As many calls as there are lengths: cheap on a CPU, where a call costs microseconds and its work milliseconds.
+    As many calls as there are lengths: cheap on a CPU, where a call costs microseconds and its work milliseconds. Short
+    rows go as two explicit products, which took 0.3 ms where torch's fused CPU kernel took 0.9 (512 tokens in rows of
+    16, 12 heads of 32); from about 128 tokens on the fused one is faster, for it does not write the scores to memory.
     """
     tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(tokens, heads * head_dim)
     for start, rows, length in layout.runs:
         end = start + rows * length
         q, k, v = qkv[start:end].view(rows, length, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
-        states = F.scaled_dot_product_attention(q, k, v)
+        if length <= _SHORT:
+            states = torch.softmax((q * head_dim**-0.5) @ k.transpose(-1, -2), dim=-1) @ v
+        else:
+            states = F.scaled_dot_product_attention(q, k, v)
         out[start:end].view(rows, length, heads, head_dim).copy_(states.transpose(1, 2))
     return out
 

@@ -1,4 +1,4 @@
-"""`y = act(x Wᵀ + b)` or `y = x Wᵀ + b + residual`: a matrix product with what follows it."""
+"""`y = act(x Wᵀ + b)`: a matrix product with the non-linearity that follows it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from embedserve.kernels.activation import ACTIVATIONS
 class Linear(Protocol):
     """A weight that is ready to be multiplied with: x [tokens, in] -> [tokens, out], in x's dtype."""
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Return `act(x Wᵀ + b)`, or `x Wᵀ + b + residual` for a residual [tokens, out]; never both."""
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return `act(x Wᵀ + b)`."""
 
 
 class TorchLinear:
@@ -29,12 +29,10 @@ class TorchLinear:
         self._bias = bias
         self._activation = ACTIVATIONS[activation] if activation is not None else None
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """See `Linear`."""
         y = F.linear(x, self._weight, self._bias)
-        if self._activation is not None:
-            return self._activation(y)
-        return y if residual is None else y.add_(residual)
+        return y if self._activation is None else self._activation(y)
 
 
 class OneDnnLinear:
@@ -54,13 +52,9 @@ class OneDnnLinear:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         self._bias = bias
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """See `Linear`."""
-        run = torch.ops.mkldnn._linear_pointwise
-        if residual is not None:
-            fused: Tensor = run.binary(x, residual, self._weight, self._bias, "add")
-            return fused
-        y: Tensor = run(x, self._weight, self._bias, self._fused, [], self._algorithm)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, self._fused, [], self._algorithm)
         return y
 
     @staticmethod

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from embedserve.kernels.dispatch import Kernels
 from embedserve.kernels.linear import Linear
-from embedserve.kernels.norm import layer_norm
+from embedserve.kernels.norm import add_layer_norm, layer_norm
 from embedserve.models.batch import PackedBatch
 from embedserve.models.config import ModelConfig
 from embedserve.models.weights import Weights
@@ -66,10 +66,10 @@ class Bert:
         heads, head_dim = self._heads, width // self._heads
         for layer in self._layers:
             qkv = layer.qkv(hidden).view(tokens, 3, heads, head_dim)
-            attended = layer.attention_out(self._attend(qkv, batch.layout), hidden)
-            hidden = layer_norm(attended, layer.attention_norm.weight, layer.attention_norm.bias, self._eps)
-            fed = layer.down(layer.up(hidden), hidden)
-            hidden = layer_norm(fed, layer.norm.weight, layer.norm.bias, self._eps)
+            attended = layer.attention_out(self._attend(qkv, batch.layout))
+            hidden = add_layer_norm(attended, hidden, layer.attention_norm.weight, layer.attention_norm.bias, self._eps)
+            fed = layer.down(layer.up(hidden))
+            hidden = add_layer_norm(fed, hidden, layer.norm.weight, layer.norm.bias, self._eps)
         return hidden
 
 
