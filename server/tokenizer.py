@@ -1,0 +1,328 @@
+"""Text to token ids, exactly as the model was trained.
+
+`Tokenizer` wraps one tokenizer.json; `TokenizerPool` is its front for an asyncio event loop.
+
+    TokenizerError             what this module raises
+    ├── TokenizerFileError     a tokenizer.json that cannot be used
+    ├── TextTooLongError       a text has more tokens than the model takes
+    ├── RequestTooLongError    all texts together have more tokens than a request may
+    └── InvalidTextError       a text cannot be tokenised at all
+"""
+
+import asyncio
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+
+from embedserve.server.text_prefix import PrefixTokenizer
+
+__all__ = [
+    "Encoded",
+    "InvalidTextError",
+    "RequestTooLongError",
+    "TextTooLongError",
+    "Tokenizer",
+    "TokenizerError",
+    "TokenizerFileError",
+    "TokenizerPool",
+    "Truncate",
+]
+
+# A longer text is tokenised whole only if its beginning does not do. No ordinary text needs so many characters a token
+# (English 4.5), and below the second figure it takes a millisecond in any case.
+LONG_CHARACTERS_PER_TOKEN = 8
+LONG_CHARACTERS = 4096
+
+# Texts are tokenised together up to this many characters; then other requests have their turn.
+SLICE_CHARACTERS = 32_768
+
+# Up to this many characters in all, a request is tokenised in the event loop.
+INLINE_CHARACTERS = 2048
+
+
+class TokenizerError(Exception):
+    """What this module raises."""
+
+
+class TokenizerFileError(TokenizerError):
+    """A tokenizer.json that cannot be used."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+
+
+class TextTooLongError(TokenizerError):
+    """Text `index` has at least `tokens` tokens, special ones included, where `limit` are allowed."""
+
+    def __init__(self, index: int, tokens: int, limit: int) -> None:
+        super().__init__(f"text {index} has at least {tokens} tokens, at most {limit} are allowed")
+        self.index = index
+        self.tokens = tokens
+        self.limit = limit
+
+
+class RequestTooLongError(TokenizerError):
+    """The texts have at least `tokens` tokens together, counted after truncation, where `limit` are allowed."""
+
+    def __init__(self, tokens: int, limit: int) -> None:
+        super().__init__(f"the texts have at least {tokens} tokens together, at most {limit} are allowed")
+        self.tokens = tokens
+        self.limit = limit
+
+
+class InvalidTextError(TokenizerError):
+    """Text `index` cannot be tokenised: it is no Unicode, or the tokenizer's own rules give up on it."""
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(f"text {index} cannot be tokenised: {reason}")
+        self.index = index
+
+
+class Truncate(StrEnum):
+    """What to do with a text that is too long: refuse it, drop its start, or drop its end."""
+
+    NONE = "NONE"
+    START = "START"
+    END = "END"
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The tokens of some texts one after the other, special tokens included.
+
+    `ids` is int32 `[tokens]`, `lengths` int32 `[texts]`; `truncated` says how many of the texts were cut.
+    """
+
+    ids: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+    truncated: int
+
+
+class Tokenizer:
+    """One model's tokenizer. Safe to use from several threads, and in processes forked after it was loaded."""
+
+    def __init__(
+        self,
+        rust: tokenizers.Tokenizer,
+        prefix: PrefixTokenizer | None,
+        *,
+        leading: list[int],
+        trailing: list[int],
+        max_tokens: int,
+        lower_case: bool,
+        strip: bool,
+    ) -> None:
+        """Use `load`."""
+        self.max_tokens = max_tokens
+        self._rust = rust
+        self._prefix = prefix
+        self._leading = leading
+        self._trailing = trailing
+        self._lower_case = lower_case
+        self._strip = strip
+        self._long = max(LONG_CHARACTERS, LONG_CHARACTERS_PER_TOKEN * max_tokens)
+
+    @classmethod
+    def load(cls, path: Path, *, max_tokens: int, lower_case: bool = False, strip: bool = False) -> "Tokenizer":
+        """Read a tokenizer.json; truncation and padding stored in it are ignored.
+
+        `max_tokens` bounds a text with its special tokens. `strip` removes white space around a text, then `lower_case`
+        lowers it, before the tokenizer's own rules apply, as sentence-transformers does where its settings ask for it.
+
+        Raises TokenizerFileError where the file is missing, malformed or of no use.
+        """
+        # Work is spread over our own threads, whose number is bounded. Rayon would add a thread a core in each front
+        # end; its pool does not survive a fork, and the library says so on stderr.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        try:
+            content = path.read_bytes()
+            definition = json.loads(content)
+            rust = tokenizers.Tokenizer.from_buffer(content)
+        except OSError as error:
+            raise TokenizerFileError(path, error.strerror or str(error)) from error
+        except Exception as error:  # the library raises plain Exception for whatever it dislikes
+            raise TokenizerFileError(path, f"not a tokenizer.json: {error}") from error
+        rust.no_truncation()
+        rust.no_padding()
+        leading, trailing = _special_ids(path, rust)
+        if len(leading) + len(trailing) > max_tokens:
+            raise TokenizerFileError(
+                path, f"adds {len(leading) + len(trailing)} special tokens to a text, max_tokens is {max_tokens}"
+            )
+        return cls(
+            rust,
+            PrefixTokenizer.of(definition, rust),
+            leading=leading,
+            trailing=trailing,
+            max_tokens=max_tokens,
+            lower_case=lower_case,
+            strip=strip,
+        )
+
+    def encode(self, texts: Sequence[str], truncate: Truncate, max_total: int) -> Encoded:
+        """Tokenise texts; `max_total` bounds their tokens together, counted after truncation.
+
+        The ids are those of tokenising a whole text and then cutting between its leading and trailing special tokens:
+        END keeps the first tokens, START the last.
+
+        Raises TextTooLongError (for Truncate.NONE), RequestTooLongError, InvalidTextError.
+        """
+        job = _Job(self, texts, truncate, max_total)
+        while not job.done:
+            job.run_slice()
+        return job.result()
+
+    def _prepare(self, text: str) -> str:
+        if self._strip:
+            text = text.strip()
+        return text.lower() if self._lower_case else text
+
+    def _is_long(self, text: str) -> bool:
+        return len(text) > self._long
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """All ids of each text, special ones included."""
+        # Never encode(): it holds the GIL (308 ms for a million characters), the batch calls release it.
+        return [encoding.ids for encoding in self._rust.encode_batch_fast(texts)]
+
+    def _ids_of_long(self, text: str, truncate: Truncate) -> list[int]:
+        """Ids of one text, special ones included: all, or at least one more than allowed, which are its first."""
+        # START reads everything: a token depends on what stands before it. Where words have no bounded length or the
+        # tokenizer treats the start of a text apart, the last tokens cannot be told from the end of the text alone.
+        if self._prefix and truncate is not Truncate.START:
+            room = self.max_tokens - len(self._leading) - len(self._trailing)
+            first = self._prefix.first_ids(text, room + 1)
+            if first is not None:
+                return self._leading + first + self._trailing
+        return self._ids([text])[0]
+
+    def _cut(self, ids: list[int], truncate: Truncate) -> list[int]:
+        """Ids of a text that has too many of them, brought down to `max_tokens`."""
+        if truncate is Truncate.START:
+            return self._leading + ids[len(ids) - self.max_tokens + len(self._leading) :]
+        return ids[: self.max_tokens - len(self._trailing)] + self._trailing
+
+
+class TokenizerPool:
+    """Tokenises for an event loop without blocking it: short requests at once, others in a few threads, in slices.
+
+    One huge request takes its turns among the others, slice by slice, and stops when its caller is cancelled. Make
+    the pool in the process that uses it: threads do not survive a fork.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="tokenizer")
+
+    async def encode(self, tokenizer: Tokenizer, texts: Sequence[str], truncate: Truncate, max_total: int) -> Encoded:
+        """As `Tokenizer.encode`, and with its errors."""
+        job = _Job(tokenizer, texts, truncate, max_total)
+        if sum(map(len, texts)) <= INLINE_CHARACTERS:
+            while not job.done:
+                job.run_slice()
+        else:
+            loop = asyncio.get_running_loop()
+            while not job.done:
+                await loop.run_in_executor(self._executor, job.run_slice)
+        return job.result()
+
+    def close(self) -> None:
+        """Let the threads end; slices that wait are dropped."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+class _Job:
+    """The texts of one request, tokenised slice by slice."""
+
+    def __init__(self, tokenizer: Tokenizer, texts: Sequence[str], truncate: Truncate, max_total: int) -> None:
+        self._tokenizer = tokenizer
+        self._texts = texts
+        self._truncate = truncate
+        self._max_total = max_total
+        self._next = 0
+        self._ids: list[NDArray[np.int32]] = []
+        self._lengths: list[int] = []
+        self._total = 0
+        self._truncated = 0
+
+    @property
+    def done(self) -> bool:
+        return self._next == len(self._texts)
+
+    def run_slice(self) -> None:
+        """Tokenise the next texts: one long one, or several of `SLICE_CHARACTERS` together."""
+        tokenizer, first = self._tokenizer, self._next
+        texts: list[str] = []
+        size = 0
+        while not self.done and size < SLICE_CHARACTERS:
+            text = tokenizer._prepare(self._texts[self._next])
+            if tokenizer._is_long(text) and texts:
+                break
+            texts.append(text)
+            size += len(text)
+            self._next += 1
+            if tokenizer._is_long(text):
+                break
+        self._add(first, self._tokenize(first, texts))
+
+    def _tokenize(self, first: int, texts: list[str]) -> list[list[int]]:
+        try:
+            if self._tokenizer._is_long(texts[0]):
+                return [self._tokenizer._ids_of_long(texts[0], self._truncate)]
+            return self._tokenizer._ids(texts)
+        except BaseException as error:
+            # Regular expressions give up on ten million spaces, and the library panics, which is no Exception.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            if len(texts) > 1:
+                return [row for index, text in enumerate(texts, first) for row in self._tokenize(index, [text])]
+            reason = "it holds a lone surrogate" if isinstance(error, TypeError) else str(error)
+            raise InvalidTextError(first, reason) from error
+
+    def _add(self, first: int, rows: list[list[int]]) -> None:
+        limit = self._tokenizer.max_tokens
+        flat: list[int] = []
+        for index, row in enumerate(rows, first):
+            ids = row
+            if len(ids) > limit:
+                if self._truncate is Truncate.NONE:
+                    raise TextTooLongError(index, len(ids), limit)
+                ids = self._tokenizer._cut(ids, self._truncate)
+                self._truncated += 1
+            flat += ids
+            self._lengths.append(len(ids))
+        self._ids.append(np.array(flat, dtype=np.int32))
+        self._total += len(flat)
+        if self._total > self._max_total:
+            raise RequestTooLongError(self._total, self._max_total)
+
+    def result(self) -> Encoded:
+        ids = np.concatenate(self._ids) if self._ids else np.empty(0, np.int32)
+        return Encoded(ids, np.array(self._lengths, dtype=np.int32), self._truncated)
+
+
+def _special_ids(path: Path, rust: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that the post-processor puts before and after every text."""
+    # Post-processors come in several kinds and can be nested: ask, do not read. Any text with a token will do.
+    for probe in ["a", *filter(None, map(rust.id_to_token, range(64)))]:
+        try:
+            bare = rust.encode(probe, add_special_tokens=False).ids
+        except Exception:  # a vocabulary that knows neither this text nor an unknown token
+            continue
+        if not bare:
+            continue
+        full = rust.encode(probe)
+        leading = full.special_tokens_mask.index(0)
+        end = leading + len(bare)
+        if full.ids[leading:end] != bare:
+            raise TokenizerFileError(path, "its post-processor does more than put tokens before and after a text")
+        return full.ids[:leading], full.ids[end:]
+    raise TokenizerFileError(path, "finds no token in any text")
