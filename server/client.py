@@ -1,0 +1,255 @@
+"""What the front end calls to get vectors, and the implementation that asks the broker.
+
+The protocol knows token ids and named arrays, nothing of sockets: another implementation may stand behind it.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from embedserve.server import wire
+from embedserve.server.errors import APIError, OverloadedError
+
+__all__ = ["BrokerClient", "EngineClient", "NotFiniteError", "Result", "RunError", "Texts"]
+
+log = logging.getLogger("embedserve.client")
+
+BROKER_PATIENCE = 10.0
+"""Seconds that a request waits for a broker that is being restarted."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Tokenised texts: `ids` int32 [total], one text behind the other; `lengths` int32 [rows]."""
+
+    ids: npt.NDArray[np.int32]
+    lengths: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the engine made of a request.
+
+    `arrays` holds ``dense``: float32 [rows, dimensions]. `queue` is the seconds until the first text began to run,
+    `run` those from then until the last had.
+    """
+
+    arrays: Mapping[str, npt.NDArray[np.float32]]
+    queue: float
+    run: float
+
+
+class RunError(Exception):
+    """The engine could not run the request, and a second try ended the same way."""
+
+
+class NotFiniteError(Exception):
+    """The model's vector of text `index` holds a NaN or an infinity."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(f"the vector of text {index} is not finite")
+        self.index = index
+
+
+class EngineClient(Protocol):
+    """Runs texts through a model, wherever it lives."""
+
+    async def run(self, model: str, texts: Texts, *, dimensions: int) -> Result:
+        """Vectors of `texts`, of `dimensions` columns. When the caller is cancelled, what has not run yet does not.
+
+        Raises `OverloadedError` when it cannot be done now, `NotFiniteError` and `RunError` when it cannot be done.
+        """
+        ...
+
+
+class _BrokerLostError(Exception):
+    """The connection ended before the answer came."""
+
+
+@dataclass(eq=False)
+class _Pending:
+    """A submitted request, and what of its vectors has arrived."""
+
+    done: asyncio.Future[Result]
+    dense: npt.NDArray[np.float32]
+
+
+class BrokerClient:
+    """The front end's connection to the broker; made anew whenever the broker is."""
+
+    def __init__(self, address: str) -> None:
+        """`address`: the broker's Unix socket, in the abstract namespace where it begins with NUL."""
+        self._address = address
+        self._connection: wire.FramedConnection | None = None
+        self._connected = asyncio.Event()
+        self._last_id = 0
+        self._runs: dict[int, _Pending] = {}
+        self._questions: dict[int, asyncio.Future[Any]] = {}
+        self._reports: list[wire.RequestReport] = []
+        self._keeper: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begin to keep the connection up."""
+        self._keeper = asyncio.create_task(self._keep_connected())
+
+    async def stop(self) -> None:
+        """Send what is left to report, and close the connection."""
+        self._send_reports()
+        if self._keeper is not None:
+            self._keeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._keeper
+        if self._connection is not None:
+            self._connection.close()
+
+    # -------------------------------------------------------------------------------------------------- questions
+
+    async def run(self, model: str, texts: Texts, *, dimensions: int) -> Result:
+        """See `EngineClient.run`. A request whose broker dies is submitted once more to its successor."""
+        try:
+            return await self._run(model, texts, dimensions)
+        except _BrokerLostError:
+            log.warning("the broker was lost; a request is submitted again", extra={"texts": len(texts.lengths)})
+        try:
+            return await self._run(model, texts, dimensions)
+        except _BrokerLostError:
+            raise OverloadedError("engine_restarting") from None
+
+    async def charge(self, address: str) -> wire.Charged:
+        """Count a request of a client address. Raises `OverloadedError` while there is no broker to count."""
+        reply: wire.Charged = await self._ask(wire.Charge(self._next_id(), address))
+        return reply
+
+    async def status(self) -> list[wire.ModelState]:
+        """The state of every model; raises `OverloadedError` while there is no broker."""
+        reply: wire.StatusReply = await self._ask(wire.StatusRequest(self._next_id()))
+        return reply.models
+
+    async def metrics(self) -> bytes:
+        """The exposition text, this front end's latest requests included."""
+        self._send_reports()
+        text: bytes = await self._ask(wire.MetricsRequest(self._next_id()))
+        return text
+
+    def report(self, report: wire.RequestReport) -> None:
+        """Have a finished request counted. Reports of one turn of the event loop travel together."""
+        if not self._reports:
+            asyncio.get_running_loop().call_soon(self._send_reports)
+        self._reports.append(report)
+
+    # -------------------------------------------------------------------------------------------------- connection
+
+    def _next_id(self) -> int:
+        self._last_id += 1
+        return self._last_id
+
+    async def _keep_connected(self) -> None:
+        while True:
+            connection = await wire.connect(
+                self._address, lambda: wire.FramedConnection(self._on_frame, self._on_close)
+            )
+            connection.send(wire.Hello("front_end", os.getpid()))
+            self._connection = connection
+            self._connected.set()
+            await connection.lost.wait()
+
+    def _on_close(self, _connection: wire.FramedConnection) -> None:
+        self._connected.clear()
+        self._connection = None
+        # Answers would come over the connection that ended; none of them will.
+        for pending in self._runs.values():
+            if not pending.done.done():
+                pending.done.set_exception(_BrokerLostError())
+        for question in self._questions.values():
+            if not question.done():
+                question.set_exception(_BrokerLostError())
+
+    async def _connect(self) -> wire.FramedConnection:
+        try:
+            async with asyncio.timeout(BROKER_PATIENCE):
+                while self._connection is None:
+                    await self._connected.wait()
+        except TimeoutError:
+            raise OverloadedError("engine_restarting") from None
+        return self._connection
+
+    async def _ask(self, question: wire.Charge | wire.StatusRequest | wire.MetricsRequest) -> Any:
+        connection = await self._connect()
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._questions[question.id] = answer
+        try:
+            connection.send(question)
+            return await answer
+        except _BrokerLostError:
+            raise OverloadedError("engine_restarting") from None
+        finally:
+            del self._questions[question.id]
+
+    async def _run(self, model: str, texts: Texts, dimensions: int) -> Result:
+        connection = await self._connect()
+        rows = len(texts.lengths)
+        request_id = self._next_id()
+        pending = _Pending(asyncio.get_running_loop().create_future(), np.empty((rows, dimensions), dtype=np.float32))
+        self._runs[request_id] = pending
+        payload = [texts.lengths.data.cast("B"), texts.ids.data.cast("B")]
+        connection.send(wire.Submit(request_id, model, rows, dimensions), payload)
+        try:
+            return await pending.done
+        except asyncio.CancelledError:
+            connection.send(wire.Cancel(request_id))
+            raise
+        finally:
+            del self._runs[request_id]
+
+    def _send_reports(self) -> None:
+        # Without a broker they are lost, as are the counters that they would have gone into.
+        if self._reports and self._connection is not None:
+            self._connection.send(wire.Report(self._reports))
+        self._reports = []
+
+    # ----------------------------------------------------------------------------------------------------- answers
+
+    def _on_frame(self, _connection: wire.FramedConnection, message: wire.Message, payload: bytes) -> None:
+        match message:
+            case wire.Part():
+                if (pending := self._runs.get(message.id)) is not None:
+                    _take_part(pending, message, payload)
+            case wire.WorkFailed():
+                if (pending := self._runs.get(message.id)) is not None and not pending.done.done():
+                    pending.done.set_exception(_work_error(message))
+            case wire.MetricsReply():
+                self._answer(message.id, payload)
+            case wire.Charged() | wire.StatusReply():
+                self._answer(message.id, message)
+            case _:
+                raise wire.FrameError(f"{type(message).__name__} from the broker")
+
+    def _answer(self, question_id: int, answer: Any) -> None:
+        question = self._questions.get(question_id)
+        if question is not None and not question.done():
+            question.set_result(answer)
+
+
+def _take_part(pending: _Pending, part: wire.Part, payload: bytes) -> None:
+    positions = np.frombuffer(payload, dtype="<i4", count=part.rows)
+    vectors = np.frombuffer(payload, dtype="<f4", offset=4 * part.rows).reshape(part.rows, part.dimension)
+    # A batch's vectors are as wide as the widest asked for in it.
+    pending.dense[positions] = vectors[:, : pending.dense.shape[1]]
+    if part.left == 0 and not pending.done.done():
+        pending.done.set_result(Result({"dense": pending.dense}, part.queue, part.run))
+
+
+def _work_error(failed: wire.WorkFailed) -> APIError | NotFiniteError | RunError:
+    if failed.code == "not_finite":
+        assert failed.index is not None
+        return NotFiniteError(failed.index)
+    if failed.code == "internal":
+        return RunError()
+    return OverloadedError(failed.code, failed.retry_after)

@@ -1,0 +1,229 @@
+"""The engine process: pulls batches from the broker, runs them on its device, sends the vectors back.
+
+One process a device, the only one that imports torch. Two threads: the event loop speaks with the broker and gives
+signs of life, the device thread loads the models and runs the batches.
+
+A batch is pulled late: when the device is idle, or when the running batch is about to end by its estimate. So a text
+that arrives meanwhile still joins the next batch, and the device sees no gap.
+"""
+
+import asyncio
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from embedserve.models.config import ModelConfig
+from embedserve.server import wire
+from embedserve.server.process import Liveness
+from embedserve.server.runner import Runner
+
+__all__ = ["EngineOptions", "serve"]
+
+log = logging.getLogger("embedserve.engine")
+
+_PULL_LEAD = 0.003
+"""Seconds before the estimated end of the running batch at which the next one is pulled: a round trip to the broker."""
+
+_STUCK_AFTER = 60.0
+"""Seconds, beyond ten times its estimate, after which a running batch counts as hung."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What an engine serves and where: model name → its checkpoint; see `config.ServerConfig` for the others."""
+
+    models: Mapping[str, ModelConfig]
+    device: str
+    dtype: str
+    threads: int | None
+    max_batch_tokens: int | None
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A batch as it came from the broker, and over which connection: only that one may have the answer."""
+
+    connection: wire.FramedConnection
+    run: wire.Run
+    lengths: npt.NDArray[np.int32]
+    dimensions: npt.NDArray[np.int32]
+    ids: npt.NDArray[np.int32]
+
+
+class _Estimate:
+    """How long a batch will run, by what a token has cost lately."""
+
+    def __init__(self) -> None:
+        self._seconds_per_token = 0.0
+
+    def seconds(self, tokens: int) -> float:
+        return self._seconds_per_token * tokens
+
+    def learn(self, tokens: int, seconds: float) -> None:
+        sample = seconds / tokens
+        known = self._seconds_per_token
+        self._seconds_per_token = 0.8 * known + 0.2 * sample if known else sample
+
+
+class Engine:
+    """The event loop's side of an engine whose models are loaded."""
+
+    def __init__(
+        self, runners: Mapping[str, Runner], device: ThreadPoolExecutor, max_batch_tokens: int | None = None
+    ) -> None:
+        """`device`: the thread that alone calls the runners. `max_batch_tokens`: in place of what they measured."""
+        self._runners = runners
+        self._max_batch_tokens = max_batch_tokens
+        self._device = device
+        self._bound: deque[_Batch] = deque()
+        self._running: _Batch | None = None
+        self._running_since = 0.0
+        self._estimates = {name: _Estimate() for name in runners}
+        self._pulled = False
+        """Whether a batch was asked for that has not come."""
+
+    async def keep_connected(self, address: str) -> None:
+        """Serve the broker at this address, and its successors, until cancelled."""
+        while True:
+            connection = await wire.connect(address, lambda: wire.FramedConnection(self._on_frame, self._on_close))
+            connection.send(wire.Hello("engine", os.getpid()))
+            connection.send(wire.EngineReady([self._announce(name) for name in self._runners]))
+            self._connection = connection
+            self._pulled = False
+            if self._running is None:
+                self._pull()
+            await connection.lost.wait()
+
+    def _announce(self, name: str) -> wire.ModelReady:
+        info = self._runners[name].info
+        bound = self._max_batch_tokens or info.max_batch_tokens
+        return wire.ModelReady(name, bound, info.cost, info.device, info.dtype, info.backend)
+
+    def is_stuck(self) -> bool:
+        """Whether the running batch has been running for far too long."""
+        if self._running is None:
+            return False
+        expected = self._estimates[self._running.run.model].seconds(len(self._running.ids))
+        return time.monotonic() - self._running_since > _STUCK_AFTER + 10 * expected
+
+    def _on_close(self, connection: wire.FramedConnection) -> None:
+        # The broker has put these back into its queue, or has died with it.
+        self._bound = deque(batch for batch in self._bound if batch.connection is not connection)
+
+    def _on_frame(self, connection: wire.FramedConnection, message: wire.Message, payload: bytes) -> None:
+        if not isinstance(message, wire.Run):
+            raise wire.FrameError(f"{type(message).__name__} from the broker")
+        words = np.frombuffer(payload, dtype="<i4")
+        rows = message.rows
+        self._pulled = False
+        self._bound.append(_Batch(connection, message, words[:rows], words[rows : 2 * rows], words[2 * rows :]))
+        self._start_next()
+
+    def _pull(self) -> None:
+        if not self._pulled and not self._bound:
+            self._pulled = True
+            self._connection.send(wire.Pull())
+
+    def _start_next(self) -> None:
+        if self._running is not None or not self._bound:
+            return
+        batch = self._running = self._bound.popleft()
+        self._running_since = time.monotonic()
+        loop = asyncio.get_running_loop()
+        done = loop.run_in_executor(self._device, self._run, batch)
+        estimate = self._estimates[batch.run.model].seconds(len(batch.ids))
+        pull = loop.call_later(max(0.0, estimate - _PULL_LEAD), self._pull)
+        done.add_done_callback(lambda future: self._finish(batch, pull, future))
+
+    def _run(self, batch: _Batch) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_], float]:
+        """In the device thread."""
+        start = time.perf_counter()
+        vectors, finite = self._runners[batch.run.model].run(batch.ids, batch.lengths, batch.dimensions)
+        return vectors, finite, time.perf_counter() - start
+
+    def _finish(
+        self,
+        batch: _Batch,
+        pull: asyncio.TimerHandle,
+        future: asyncio.Future[tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_], float]],
+    ) -> None:
+        pull.cancel()
+        self._running = None
+        answer: wire.BatchDone | wire.BatchFailed
+        payload: list[wire.Buffer] = []
+        try:
+            vectors, finite, seconds = future.result()
+        except Exception:
+            # The exception's text may hold values of the batch, its place in the code does not.
+            log.exception("a batch failed", extra={"model": batch.run.model, "texts": batch.run.rows})
+            answer = wire.BatchFailed(batch.run.batch)
+        else:
+            tokens = len(batch.ids)
+            self._estimates[batch.run.model].learn(tokens, seconds)
+            rows, dimension = vectors.shape
+            not_finite = np.flatnonzero(~finite).tolist()
+            padded = self._runners[batch.run.model].info.cost == "padded"
+            computed = rows * int(batch.lengths.max()) if padded else tokens
+            answer = wire.BatchDone(batch.run.batch, dimension, seconds, computed, not_finite)
+            payload = [vectors.data.cast("B")]
+        # The next one first: it only takes a hand-over, and then the device is busy while this one is sent.
+        self._start_next()
+        batch.connection.send(answer, payload)
+        if self._running is None:
+            self._pull()
+
+
+async def serve(options: EngineOptions, address: str, alive: Liveness) -> None:
+    """Load the models, then serve the broker at `address` until the supervisor has gone.
+
+    Raises `ModelError` where a checkpoint or the device cannot be used.
+    """
+    loop = asyncio.get_running_loop()
+    device = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
+    beats = asyncio.create_task(_beat_while_loading(alive))
+    try:
+        runners = await loop.run_in_executor(device, _load, options, alive)
+    finally:
+        beats.cancel()
+    engine = Engine(runners, device, options.max_batch_tokens)
+    connection = asyncio.create_task(engine.keep_connected(address))
+    alive.ready()
+    while await alive.beat():
+        if engine.is_stuck():
+            # The device thread cannot be ended, only the process. The supervisor starts another.
+            log.error("the running batch hangs: giving up this process")
+            break
+    connection.cancel()
+
+
+def _load(options: EngineOptions, alive: Liveness) -> dict[str, Runner]:
+    """In the device thread: load every model and let it answer once."""
+    runners = {}
+    for name, config in options.models.items():
+
+        def progress(message: str, name: str = name) -> None:
+            alive.progress(f"{name}: {message}")
+
+        runner = Runner.load(
+            config.folder,
+            config=config,
+            device=options.device,
+            dtype=options.dtype,
+            threads=options.threads,
+            progress=progress,
+        )
+        runner.warm_up(progress)
+        runners[name] = runner
+    return runners
+
+
+async def _beat_while_loading(alive: Liveness) -> None:
+    while await alive.beat():
+        pass

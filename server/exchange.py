@@ -1,0 +1,235 @@
+"""One request and its answer: the id, the durations, the headers, the log line, the count."""
+
+import asyncio
+import logging
+import math
+import re
+import secrets
+import time
+import zlib
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from embedserve.server.errors import (
+    APIError,
+    BodyTooLargeError,
+    ContentEncodingError,
+    InternalError,
+    InvalidRequestError,
+)
+from embedserve.server.wire import Charged, RequestReport
+
+__all__ = ["ClientGoneError", "Exchange", "ExchangeMiddleware", "error_response", "read_body", "unless_gone"]
+
+log = logging.getLogger("embedserve.request")
+
+_REQUEST_ID = re.compile(r"[!-~]{1,128}")
+"""A caller's own request id is kept when it is short, visible ASCII: it goes into logs and headers."""
+
+T = TypeVar("T")
+
+
+class ClientGoneError(Exception):
+    """The client hung up before it had its answer."""
+
+
+@dataclass(eq=False)
+class Exchange:
+    """What is known of a request so far. Durations in seconds."""
+
+    id: str
+    started: float = field(default_factory=time.perf_counter)
+    route: str = ""
+    key: str = ""
+    user: str = ""
+    model: str = ""
+    texts: int = 0
+    tokens: int = 0
+    truncated: int = 0
+    status: int = 0
+    code: str = ""
+    tokenize: float = 0.0
+    queue: float = 0.0
+    run: float = 0.0
+    encode: float = 0.0
+    limit: int = 0
+    charged: Charged | None = None
+
+    @staticmethod
+    def of(request: Request) -> "Exchange":
+        """The exchange of a request that came through `ExchangeMiddleware`."""
+        exchange: Exchange = request.scope["exchange"]
+        return exchange
+
+    @property
+    def seconds(self) -> float:
+        """Since the request came in."""
+        return time.perf_counter() - self.started
+
+    def headers(self) -> dict[str, str]:
+        """What every answer carries, and what this one does besides."""
+        headers = {"x-request-id": self.id}
+        if self.model and self.status < 400:
+            headers["openai-processing-ms"] = str(round(self.seconds * 1000))
+            headers["openai-version"] = "2020-10-01"
+            headers["openai-model"] = self.model
+        if self.truncated:
+            headers["x-truncated-inputs"] = str(self.truncated)
+        if self.charged is not None:
+            headers["x-ratelimit-limit-requests"] = str(self.limit)
+            headers["x-ratelimit-remaining-requests"] = str(self.charged.remaining)
+            headers["x-ratelimit-reset-requests"] = _duration(self.charged.reset)
+        return headers
+
+    def report(self) -> RequestReport:
+        """The exchange as the broker counts it."""
+        return RequestReport(
+            model=self.model,
+            status=self.status,
+            code=self.code,
+            texts=self.texts,
+            tokens=self.tokens,
+            total=self.seconds,
+            tokenize=self.tokenize,
+            queue=self.queue,
+            run=self.run,
+            encode=self.encode,
+        )
+
+    def log_fields(self) -> dict[str, object]:
+        """The fields of the log line: never a text, never a key."""
+        fields: dict[str, object] = {"id": self.id, "status": self.status, "ms": round(self.seconds * 1000, 1)}
+        named = {"code": self.code, "key": self.key, "user": self.user, "model": self.model}
+        fields |= {name: value for name, value in named.items() if value}
+        if self.texts:
+            fields |= {"texts": self.texts, "tokens": self.tokens}
+            for stage in ("tokenize", "queue", "run", "encode"):
+                fields[f"{stage}_ms"] = round(getattr(self, stage) * 1000, 1)
+        return fields
+
+
+def _duration(seconds: float) -> str:
+    milliseconds = math.ceil(seconds * 1000)
+    return f"{milliseconds // 1000}s" if milliseconds % 1000 == 0 else f"{milliseconds}ms"
+
+
+class ExchangeMiddleware:
+    """Gives each request its `Exchange`, puts the headers on its answer, logs it, and reports it where it is counted.
+
+    It is the outermost layer of our own: what escapes from the others becomes a 500 here.
+    """
+
+    def __init__(self, app: ASGIApp, report: Callable[[RequestReport], None]) -> None:
+        self._app = app
+        self._report = report
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        own = Headers(scope=scope).get("x-request-id", "")
+        exchange = Exchange(own if _REQUEST_ID.fullmatch(own) else f"req_{secrets.token_hex(16)}")
+        scope["exchange"] = exchange
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                exchange.status = message["status"]
+                headers = MutableHeaders(raw=message["headers"])
+                headers.update(exchange.headers())
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except ClientGoneError:
+            exchange.status, exchange.code = 499, "client_gone"
+        except Exception:
+            log.exception("a request failed", extra={"id": exchange.id})
+            if exchange.status:
+                raise  # the answer had begun: all that is left is to cut the connection
+            await error_response(exchange, InternalError(exchange.id))(scope, receive, send_with_headers)
+        finally:
+            if exchange.route:
+                self._report(exchange.report())
+            level = logging.INFO if exchange.route else logging.DEBUG
+            # The path of an unknown URL is the client's own text; the routes are ours.
+            log.log(level, "%s", exchange.route or scope["method"], extra=exchange.log_fields())
+
+
+def error_response(exchange: Exchange, error: APIError) -> JSONResponse:
+    """An error as its answer."""
+    exchange.status, exchange.code = error.status, error.code or error.type
+    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The body, unpacked, of at most `limit` bytes.
+
+    Raises `BodyTooLargeError`, `ContentEncodingError`, `InvalidRequestError` or `ClientGoneError`.
+    """
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", "gzip", "x-gzip", ""):
+        raise ContentEncodingError(encoding[:64])
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > limit:
+        raise BodyTooLargeError(limit)
+    pieces, size = [], 0
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        pieces.append(message.get("body", b""))
+        size += len(pieces[-1])
+        if size > limit:
+            raise BodyTooLargeError(limit)
+        if not message.get("more_body", False):
+            break
+    body = b"".join(pieces)
+    if encoding in ("gzip", "x-gzip"):
+        # Off the event loop: it takes 0.1 s to unpack the largest body, and needs no lock of Python's meanwhile.
+        body = await asyncio.to_thread(_gunzip, body, limit)
+    return body
+
+
+def _gunzip(body: bytes, limit: int) -> bytes:
+    unpacked = bytearray()
+    while body:
+        inflater = zlib.decompressobj(wbits=31)
+        try:
+            unpacked += inflater.decompress(body, limit + 1 - len(unpacked))
+        except zlib.error as error:
+            raise InvalidRequestError(f"The body of the request is not valid gzip data: {error}") from None
+        if len(unpacked) > limit:
+            raise BodyTooLargeError(limit)
+        if not inflater.eof:
+            raise InvalidRequestError("The body of the request is not valid gzip data: it ends too early")
+        body = inflater.unused_data
+    return bytes(unpacked)
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`. When the client hangs up, `work` is cancelled, and `ClientGoneError` raised.
+
+    The body must have been read: what comes after it is the end of the connection.
+    """
+    working = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGoneError
+    finally:
+        for task in (working, gone):
+            task.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

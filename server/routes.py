@@ -1,0 +1,240 @@
+"""The endpoints, one coroutine each: parse → embed → encode."""
+
+import time
+from typing import Any
+
+import numpy as np
+from embedserve.server.token_arrays import TokenArrayError, Vocabulary
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from embedserve.server.auth import Authenticator
+from embedserve.server.client import BrokerClient, NotFiniteError, Result, RunError, Texts
+from embedserve.server.config import ServerConfig
+from embedserve.server.encode import embedding_response
+from embedserve.server.errors import (
+    APIError,
+    AuthenticationError,
+    InternalError,
+    InvalidRequestError,
+    OverloadedError,
+    RateLimitError,
+    UnknownModelError,
+    text_too_long,
+)
+from embedserve.server.exchange import Exchange, read_body, unless_gone
+from embedserve.server.limits import client_address
+from embedserve.server.openapi import openapi_document
+from embedserve.server.schemas import EmbeddingRequest, parse_embedding_request
+from embedserve.server.served import ServedModel, ServedModels
+from embedserve.server.tokenizer import Encoded, RequestTooLongError, TextTooLongError, TokenizerPool
+from embedserve.server.wire import ModelState
+
+__all__ = ["Endpoints"]
+
+
+class Endpoints:
+    """The endpoints and what they need."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        models: ServedModels,
+        client: BrokerClient,
+        tokenizers: TokenizerPool,
+        vocabulary: Vocabulary,
+    ) -> None:
+        self._config = config
+        self._models = models
+        self._client = client
+        self._tokenizers = tokenizers
+        self._vocabulary = vocabulary
+        self._authenticator = Authenticator(config.keys)
+
+    # -------------------------------------------------------------------------------------------------- embeddings
+
+    async def embeddings(self, request: Request) -> Response:
+        """POST /v1/embeddings."""
+        exchange = Exchange.of(request)
+        exchange.route = "embeddings"
+        await self._admit(request, exchange)
+        body = await read_body(request, self._config.max_body_bytes)
+        wanted = parse_embedding_request(body, self._models, self._config.max_inputs)
+        exchange.model, exchange.user = wanted.model.id, (wanted.user or "")[:64]
+        answer = await unless_gone(request, self._embed(wanted, exchange))
+        return Response(answer, media_type="application/json")
+
+    async def _embed(self, wanted: EmbeddingRequest, exchange: Exchange) -> bytes:
+        start = time.perf_counter()
+        encoded = await self._tokenize(wanted)
+        exchange.texts, exchange.tokens, exchange.truncated = wanted.rows, len(encoded.ids), encoded.truncated
+        exchange.tokenize = time.perf_counter() - start
+        result = await self._run(wanted, Texts(encoded.ids, encoded.lengths), exchange)
+        exchange.queue, exchange.run = result.queue, result.run
+        start = time.perf_counter()
+        body = await embedding_response(
+            result.arrays["dense"],
+            model=wanted.model.id,
+            tokens=exchange.tokens,
+            encoding_format=wanted.encoding_format,
+        )
+        exchange.encode = time.perf_counter() - start
+        return body
+
+    async def _admit(self, request: Request, exchange: Exchange) -> None:
+        """Check the key and count the request. Raises `AuthenticationError`, `RateLimitError`."""
+        refused = None
+        try:
+            key = self._authenticator.authenticate(request.headers)
+        except AuthenticationError as error:
+            key, refused = None, error
+        if key is not None:
+            exchange.key = key.name
+        if self._config.rate_limit and not (key is not None and key.internal):
+            peer = request.client.host if request.client else None
+            forwarded = request.headers.getlist("x-forwarded-for")
+            address = client_address(peer, forwarded, self._config.trusted_proxy)
+            charged = await self._client.charge(address)
+            exchange.limit, exchange.charged = self._config.rate_limit, charged
+            if not charged.allowed:
+                raise RateLimitError(address, self._config.rate_limit, charged.retry_after)
+        # Guessing keys is counted too, so the wrong key is told only now.
+        if refused is not None:
+            raise refused
+
+    async def _tokenize(self, wanted: EmbeddingRequest) -> Encoded:
+        model, texts = wanted.model, wanted.texts
+        if texts is None:
+            assert wanted.token_arrays is not None
+            if model.settings.token_ids == "native":
+                return self._native_tokens(wanted)
+            try:
+                texts = await self._vocabulary.decode(wanted.token_arrays)
+            except TokenArrayError as error:
+                raise InvalidRequestError(str(error), param="input") from None
+        if wanted.prompt:
+            texts = [wanted.prompt + text for text in texts]
+        limit = self._config.max_request_tokens
+        try:
+            return await self._tokenizers.encode(model.tokenizer, texts, wanted.truncate, limit)
+        except TextTooLongError as error:
+            raise text_too_long(error.index, error.tokens, error.limit) from None
+        except RequestTooLongError as error:
+            raise _request_too_long(error.tokens, error.limit) from None
+
+    def _native_tokens(self, wanted: EmbeddingRequest) -> Encoded:
+        """Token arrays that are the model's own ids, special tokens and all, taken as they stand."""
+        assert wanted.token_arrays is not None
+        model = wanted.model
+        if wanted.prompt:
+            raise InvalidRequestError("A prompt cannot be put before token arrays. Send texts instead.", param="input")
+        for index, tokens in enumerate(wanted.token_arrays):
+            if len(tokens) > model.config.max_tokens:
+                raise text_too_long(index, len(tokens), model.config.max_tokens)
+            if max(tokens) >= model.config.vocab_size:
+                raise InvalidRequestError(
+                    f"Invalid 'input[{index}]': {max(tokens)} is no token id of this model, which has "
+                    f"{model.config.vocab_size}.",
+                    param="input",
+                )
+        lengths = np.array([len(tokens) for tokens in wanted.token_arrays], dtype=np.int32)
+        total = int(lengths.sum())
+        if total > self._config.max_request_tokens:
+            raise _request_too_long(total, self._config.max_request_tokens)
+        return Encoded(np.concatenate([np.array(t, dtype=np.int32) for t in wanted.token_arrays]), lengths, 0)
+
+    async def _run(self, wanted: EmbeddingRequest, texts: Texts, exchange: Exchange) -> Result:
+        try:
+            return await self._client.run(wanted.model.id, texts, dimensions=wanted.dimensions)
+        except NotFiniteError as error:
+            message = f"The model gave no finite vector for input[{error.index}]."
+            raise InternalError(exchange.id, message) from None
+        except RunError:
+            raise InternalError(exchange.id) from None
+
+    # --------------------------------------------------------------------------------------------------- discovery
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models."""
+        self._check_discovery(request)
+        return JSONResponse({"object": "list", "data": [_model_object(model) for model in self._models]})
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/{id}; ids hold slashes, raw or as %2F."""
+        self._check_discovery(request)
+        name = request.path_params["id"]
+        model = self._models.find(name)
+        if model is None:
+            raise UnknownModelError(name[:64])
+        return JSONResponse(_model_object(model))
+
+    async def embedding_models(self, request: Request) -> Response:
+        """GET /v1/embedding-models: the hosted service's shape, and what an operator wants to know besides."""
+        self._check_discovery(request)
+        try:
+            states = {state.name: state for state in await self._client.status()}
+        except OverloadedError:
+            states = {}
+        data = [_embedding_model_object(model, states.get(model.id)) for model in self._models]
+        return JSONResponse({"object": "list", "data": data})
+
+    def _check_discovery(self, request: Request) -> None:
+        if self._config.closed_discovery:
+            Exchange.of(request).key = getattr(self._authenticator.authenticate(request.headers), "name", "")
+
+    # --------------------------------------------------------------------------------------------------- operation
+
+    async def health(self, _request: Request) -> Response:
+        """GET /health: this process is alive."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, _request: Request) -> Response:
+        """GET /ready: every model is loaded and has answered."""
+        for state in await self._client.status():
+            if state.state != "ready":
+                raise OverloadedError("model_loading" if state.state == "loading" else "engine_restarting")
+        return JSONResponse({"status": "ready"})
+
+    async def metrics(self, _request: Request) -> Response:
+        """GET /metrics: the totals of all front ends."""
+        return Response(await self._client.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def openapi(self, _request: Request) -> Response:
+        """GET /openapi.json."""
+        return JSONResponse(openapi_document(self._config, self._models))
+
+
+def _request_too_long(tokens: int, limit: int) -> APIError:
+    return InvalidRequestError(
+        f"Requested {tokens} tokens, max {limit} tokens per request",
+        type="max_tokens_per_request",
+        code="max_tokens_per_request",
+    )
+
+
+def _model_object(model: ServedModel) -> dict[str, Any]:
+    owner = model.entry.owned_by if model.entry else "local"
+    return {"id": model.id, "object": "model", "created": model.created, "owned_by": owner}
+
+
+def _embedding_model_object(model: ServedModel, state: ModelState | None) -> dict[str, Any]:
+    entry, config = model.entry, model.config
+    ready = state is not None and state.state == "ready"
+    return {
+        **_model_object(model),
+        "name": entry.name if entry else model.id,
+        "description": entry.description if entry else "",
+        "dimensions": model.dimensions,
+        "max_dimensions": config.dimension,
+        "supports_dimensions": config.matryoshka is not None,
+        "max_tokens": config.max_tokens,
+        "pricing": {"per_million_tokens": model.settings.price, "currency": model.settings.currency},
+        "modalities": list(entry.modalities if entry else ("text",)),
+        "languages": list(entry.languages) if entry else [],
+        "prompts": dict(model.prompts),
+        "dtype": state.dtype if ready and state else None,
+        "backend": state.backend if ready and state else None,
+        "device": state.device if ready and state else None,
+        "loaded": ready,
+        "alias_of": None,
+    }

@@ -1,0 +1,218 @@
+"""The body of POST /v1/embeddings: JSON → `EmbeddingRequest`, or the API error that names what is wrong.
+
+The checks run in the order in which OpenAI's run, because the first one that fails is what the client is told.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from embedserve.models.config import DimensionRange
+from embedserve.server.errors import InvalidRequestError, UnknownModelError, invalid_input
+from embedserve.server.served import ServedModel, ServedModels
+from embedserve.server.tokenizer import Truncate
+
+__all__ = ["EmbeddingRequest", "parse_embedding_request"]
+
+ENCODING_FORMATS = ("float", "base64")
+INPUT_TYPES = {
+    "query": "query",
+    "search_query": "query",
+    "retrieval.query": "query",
+    "document": "document",
+    "search_document": "document",
+    "passage": "document",
+    "retrieval.passage": "document",
+}
+"""What a request may call an input type → the name of its prompt."""
+
+MAX_TOKEN_ID = (1 << 31) - 1
+
+
+@dataclass(frozen=True)
+class EmbeddingRequest:
+    """A request that holds together. Exactly one of `texts` and `token_arrays` is given."""
+
+    model: ServedModel
+    texts: Sequence[str] | None
+    token_arrays: Sequence[Sequence[int]] | None
+    encoding_format: str
+    dimensions: int
+    prompt: str
+    truncate: Truncate
+    user: str | None
+
+    @property
+    def rows(self) -> int:
+        """How many vectors are asked for."""
+        inputs = self.texts if self.texts is not None else self.token_arrays
+        assert inputs is not None
+        return len(inputs)
+
+
+def parse_embedding_request(body: bytes, models: ServedModels, max_inputs: int) -> EmbeddingRequest:
+    """Read a body. Raises `InvalidRequestError` and its kin; `null` for an optional field means absent."""
+    fields = _load(body)
+    name = fields.get("model")
+    if name is None or name == "":
+        raise InvalidRequestError("you must provide a model parameter")
+    if not isinstance(name, str):
+        raise _wrong_type("model", "a string", name)
+    model = models.find(name)
+    if model is None:
+        raise UnknownModelError(_shown(name))
+    texts, token_arrays = _input(fields.get("input"), max_inputs)
+    encoding_format = fields.get("encoding_format")
+    if encoding_format is None:
+        encoding_format = "float"
+    elif encoding_format not in ENCODING_FORMATS:
+        raise InvalidRequestError(
+            f"Invalid value for 'encoding_format' = {_shown(encoding_format)}. "
+            f"Supported values: {list(ENCODING_FORMATS)}.",
+            param="encoding_format",
+        )
+    user = fields.get("user")
+    if user is not None and not isinstance(user, str):
+        raise _wrong_type("user", "a string", user)
+    _check_outputs(fields.get("outputs"))
+    return EmbeddingRequest(
+        model=model,
+        texts=texts,
+        token_arrays=token_arrays,
+        encoding_format=encoding_format,
+        dimensions=_dimensions(fields.get("dimensions"), model),
+        prompt=_prompt(fields, model),
+        truncate=_truncate(fields.get("truncate")),
+        user=user,
+    )
+
+
+def _load(body: bytes) -> Mapping[str, Any]:
+    try:
+        fields = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        # Its message tells the place and never quotes the body.
+        reason = f"it is not valid JSON: {error}"
+    else:
+        if isinstance(fields, dict):
+            return fields
+        reason = f"it is {_kind(fields)}"
+    raise InvalidRequestError(
+        "We could not parse the JSON body of your request. "
+        f"(HINT: the API expects a JSON object, encoded as UTF-8; what was sent is none: {reason}.)"
+    )
+
+
+def _input(value: Any, limit: int) -> tuple[list[str] | None, list[list[int]] | None]:
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        raise invalid_input()
+    if _is_token(value[0]):  # one array of tokens
+        value = [value]
+    if len(value) > limit:
+        raise InvalidRequestError(
+            f"Invalid 'input': array too long. Expected an array with maximum length {limit}, "
+            f"but got an array with length {len(value)} instead.",
+            param="input",
+        )
+    if all(isinstance(item, str) and item for item in value):
+        return value, None
+    if all(isinstance(item, list) and item and all(map(_is_token, item)) for item in value):
+        return None, value
+    raise invalid_input()
+
+
+def _is_token(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_TOKEN_ID
+
+
+def _dimensions(value: Any, model: ServedModel) -> int:
+    if value is None:
+        return model.dimensions
+    size, trained = model.config.dimension, model.config.matryoshka
+    if type(value) is not int or value < 1:
+        raise _wrong_dimensions(value, trained, size)
+    if value == size or value == model.dimensions:
+        return value
+    if trained is None:
+        raise InvalidRequestError("This model does not support specifying dimensions.")
+    if not trained.allows(value):
+        raise _wrong_dimensions(value, trained, size)
+    return value
+
+
+def _wrong_dimensions(value: Any, trained: DimensionRange | None, size: int) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"Invalid value for 'dimensions' = {_shown(value)}. Expected {trained or f'{size}, the size of this model'}.",
+        param="dimensions",
+    )
+
+
+def _prompt(fields: Mapping[str, Any], model: ServedModel) -> str:
+    """What is put before each text."""
+    given = [n for n in ("input_type", "task", "prompt_name", "prompt", "instruction") if fields.get(n) is not None]
+    if not given:
+        return model.default_prompt
+    if len(given) > 1:
+        raise InvalidRequestError(f"Give at most one of {' and '.join(map(repr, given))}.", param=given[1])
+    name = given[0]
+    value = fields[name]
+    if not isinstance(value, str):
+        raise _wrong_type(name, "a string", value)
+    if name == "prompt":
+        return value
+    if name == "instruction":
+        raise InvalidRequestError(
+            "This model has no template for instructions. Use 'prompt' to put a text before each input.",
+            param="instruction",
+        )
+    prompts = model.prompts
+    if value in prompts:
+        return prompts[value]
+    if value in INPUT_TYPES:
+        # A model that was trained without prompts treats queries and documents alike.
+        return prompts.get(INPUT_TYPES[value], "")
+    raise InvalidRequestError(
+        f"Invalid value for '{name}' = {_shown(value)}. Supported values: {[*INPUT_TYPES, *prompts]}.", param=name
+    )
+
+
+def _truncate(value: Any) -> Truncate:
+    if value is None or value is False:
+        return Truncate.NONE
+    if value is True:
+        return Truncate.END
+    if isinstance(value, str) and value.upper() in Truncate.__members__:
+        return Truncate[value.upper()]
+    raise InvalidRequestError(
+        f"Invalid value for 'truncate' = {_shown(value)}. Supported values: {[*Truncate.__members__]}, true and false.",
+        param="truncate",
+    )
+
+
+def _check_outputs(value: Any) -> None:
+    if value is None or value == ["dense"]:
+        return
+    raise InvalidRequestError(
+        f"Invalid value for 'outputs' = {_shown(value)}. Supported values for this model: ['dense'].", param="outputs"
+    )
+
+
+def _wrong_type(name: str, expected: str, value: Any) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"Invalid type for '{name}': expected {expected}, but got {_kind(value)} instead.", param=name
+    )
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "a boolean", int: "an integer", float: "a number", str: "a string", list: "an array"}
+    return "null" if value is None else names.get(type(value), "an object")
+
+
+def _shown(value: Any, length: int = 64) -> str:
+    """A value as an error message repeats it: strings bare, as OpenAI does, and nothing at full length."""
+    text = value if isinstance(value, str) else orjson.dumps(value).decode()
+    return text if len(text) <= length else text[:length] + "…"

@@ -1,0 +1,333 @@
+"""Starts the processes, watches them, replaces those that die or freeze, and ends them.
+
+One process with one thread, and no event loop: it only waits for signals and for what its children say. It holds no
+request, so nothing that happens to one can happen to it. When it is killed, the kernel kills the others.
+"""
+
+import ipaddress
+import logging
+import os
+import secrets
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NoReturn
+
+from embedserve.models.errors import ModelError
+from embedserve.server import broker, front_end
+from embedserve.server.config import ConfigError, ServerConfig
+from embedserve.server.process import BEAT_SECONDS, Liveness, become_child, run
+from embedserve.server.served import ServedModels, find_models
+
+__all__ = ["serve"]
+
+log = logging.getLogger("embedserve.supervisor")
+
+FROZEN_AFTER = 10
+"""Beats in a row that may stay away. Counted in our own ticks, so that a pause of the whole machine accuses nobody."""
+
+MAX_BACK_OFF = 30.0
+"""Seconds between the ends and the starts of a process that does not stay up."""
+
+STEADY_AFTER = 60.0
+"""Seconds after which a process counts as steady: the next restart is at once again."""
+
+
+@dataclass(eq=False)
+class _Child:
+    """A process to keep running. `main` is what it does, given its end of the socket to us."""
+
+    name: str
+    main: Callable[[Liveness, bool], None]
+    """Its second argument: whether it takes the place of one that was there before."""
+    pid: int = 0
+    channel: socket.socket | None = None
+    heard: bytes = b""
+    ready: bool = False
+    was_ready: bool = False
+    beating: bool = False
+    missed: int = 0
+    started: float = 0.0
+    failures: int = 0
+    start_at: float = 0.0
+
+
+class Supervisor:
+    """Keeps the children of one server running."""
+
+    def __init__(self, config: ServerConfig, models: ServedModels, listener: socket.socket) -> None:
+        self._config = config
+        self._models = models
+        self._listener = listener
+        # Abstract: no file to leave behind. The name is random, and the broker asks the kernel who connects.
+        self._broker_address = f"\0embedserve-{secrets.token_hex(16)}"
+        self._broker_listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._broker_listener.bind(self._broker_address)
+        self._broker_listener.listen(128)
+        self._selector = selectors.DefaultSelector()
+        self._children = [_Child("broker", self._broker)]
+        for device in config.device.split(","):
+            self._children.append(_Child("engine", partial(self._engine, device)))
+        for _ in range(config.front_ends or _front_ends_for(config.device)):
+            self._children.append(_Child("front end", self._front_end))
+        self._stopping = False
+        self._kill_at = 0.0
+        self._announced = False
+        self._fatal: str | None = None
+
+    # --------------------------------------------------------------------------------------- what the children do
+
+    def _broker(self, alive: Liveness, again: bool) -> None:
+        config = self._config
+        self._listener.close()
+        names = [model.id for model in self._models]
+        state = broker.Broker(
+            names, max_queue_tokens=config.max_queue_tokens, rate_limit=config.rate_limit, resumed=again
+        )
+        run(lambda: broker.serve(self._broker_listener, state, alive))
+
+    def _engine(self, device: str, alive: Liveness, _again: bool) -> None:
+        self._listener.close()
+        self._broker_listener.close()
+        from embedserve.server import engine  # brings torch, which no other process shall have
+
+        config = self._config
+        options = engine.EngineOptions(
+            models={model.id: model.config for model in self._models},
+            device=device,
+            dtype=config.dtype,
+            threads=config.threads or None,
+            max_batch_tokens=config.max_batch_tokens or None,
+        )
+        run(lambda: engine.serve(options, self._broker_address, alive))
+
+    def _front_end(self, alive: Liveness, _again: bool) -> None:
+        self._broker_listener.close()
+        run(lambda: front_end.serve(self._config, self._models, self._listener, self._broker_address, alive))
+
+    # ---------------------------------------------------------------------------------------------------- the loop
+
+    def run(self) -> int:
+        """Keep the children running until a signal ends it. The exit status."""
+        wake, woken = socket.socketpair()
+        for end in (wake, woken):
+            end.setblocking(False)
+        signal.set_wakeup_fd(woken.fileno())
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._on_stop_signal)
+        signal.signal(signal.SIGCHLD, lambda _number, _frame: None)  # so that it wakes us
+        self._selector.register(wake, selectors.EVENT_READ)
+
+        next_tick = time.monotonic() + BEAT_SECONDS
+        while self._fatal is None and not self._ended():
+            self._start_due()
+            for key, _ in self._selector.select(max(0.0, next_tick - time.monotonic())):
+                if key.fileobj is wake:
+                    wake.recv(4096)
+                else:
+                    self._hear(key.data)
+            self._reap()
+            if time.monotonic() >= next_tick:
+                next_tick = time.monotonic() + BEAT_SECONDS
+                self._tick()
+        self._kill_all()
+        if self._fatal is not None:
+            print(f"embedserve: {self._fatal}", file=sys.stderr)
+            return 2
+        return 0
+
+    def _ended(self) -> bool:
+        return self._stopping and not any(child.pid for child in self._children if child.name == "front end")
+
+    def _on_stop_signal(self, number: int, _frame: object) -> None:
+        if self._stopping:
+            self._kill_at = 0.0
+            return
+        self._stopping = True
+        self._kill_at = time.monotonic() + self._config.shutdown_seconds + 2.0
+        log.info("stopping", extra={"signal": signal.Signals(number).name})
+        self._listener.close()
+        for child in self._children:
+            if child.pid and child.name == "front end":
+                os.kill(child.pid, signal.SIGTERM)
+
+    def _tick(self) -> None:
+        for child in self._children:
+            if child.pid and child.beating:
+                child.missed += 1
+                if child.missed > FROZEN_AFTER:
+                    log.error("a process is frozen: killing it", extra={"process": child.name, "pid": child.pid})
+                    os.kill(child.pid, signal.SIGKILL)
+                    child.missed = 0
+            if child.pid and child.failures and time.monotonic() - child.started > STEADY_AFTER:
+                child.failures = 0
+        if self._stopping and time.monotonic() > self._kill_at:
+            self._kill_all()
+
+    def _start_due(self) -> None:
+        for child in self._children:
+            if child.pid or time.monotonic() < child.start_at:
+                continue
+            if not (self._stopping and child.name == "front end"):
+                self._start(child)
+
+    def _start(self, child: _Child) -> None:
+        ours, theirs = socket.socketpair()
+        parent = os.getpid()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid == 0:
+            self._be(child, theirs, parent)
+        theirs.close()
+        ours.setblocking(False)
+        child.pid, child.channel = pid, ours
+        child.heard, child.ready, child.beating, child.missed = b"", False, False, 0
+        child.started = time.monotonic()
+        self._selector.register(ours, selectors.EVENT_READ, child)
+
+    def _be(self, child: _Child, channel: socket.socket, parent: int) -> NoReturn:
+        """In the new process, which never returns."""
+        status = 1
+        alive = Liveness(channel)
+        try:
+            become_child(f"es {child.name}", parent)
+            self._selector.close()
+            for other in self._children:
+                if other.channel is not None:
+                    other.channel.close()
+            child.main(alive, child.was_ready)
+            status = 0
+        except (ModelError, ConfigError) as error:
+            alive.failed(str(error))
+        except BaseException:
+            log.exception("a process failed", extra={"process": child.name})
+        finally:
+            # No return into the supervisor's code, and no waiting for threads that may hang.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    # ------------------------------------------------------------------------------------------ what children say
+
+    def _hear(self, child: _Child) -> None:
+        if child.channel is None:
+            return
+        try:
+            data = child.channel.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._forget_channel(child)
+            return
+        *lines, child.heard = (child.heard + data).split(b"\n")
+        for line in lines:
+            word, _, rest = line.decode(errors="replace").partition(" ")
+            if word == "beat":
+                child.beating, child.missed = True, 0
+            elif word == "ready":
+                child.ready = child.was_ready = True
+                self._announce()
+            elif word == "progress":
+                log.info(rest)
+            elif word == "failed" and not child.was_ready:
+                self._fatal = rest
+            elif word == "failed":
+                log.error("%s", rest, extra={"process": child.name})
+
+    def _announce(self) -> None:
+        if not self._announced and all(child.ready for child in self._children):
+            self._announced = True
+            print(f"embedserve: ready on {_url(self._listener)}", flush=True)
+
+    def _forget_channel(self, child: _Child) -> None:
+        if child.channel is not None:
+            self._selector.unregister(child.channel)
+            child.channel.close()
+            child.channel = None
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            for child in self._children:
+                if child.pid == pid:
+                    self._hear(child)
+                    self._bury(child, os.waitstatus_to_exitcode(status))
+
+    def _bury(self, child: _Child, exit_code: int) -> None:
+        pid, child.pid = child.pid, 0
+        self._forget_channel(child)
+        if self._stopping and child.name == "front end":
+            return
+        child.failures += 1
+        delay = 0.0 if child.failures == 1 else min(MAX_BACK_OFF, 2.0 ** (child.failures - 2))
+        child.start_at = time.monotonic() + delay
+        reason = f"signal {-exit_code}" if exit_code < 0 else f"status {exit_code}"
+        log.error(
+            "a process ended; another takes its place",
+            extra={"process": child.name, "pid": pid, "reason": reason, "in_seconds": delay},
+        )
+
+    def _kill_all(self) -> None:
+        for child in self._children:
+            if child.pid:
+                os.kill(child.pid, signal.SIGKILL)
+                os.waitpid(child.pid, 0)
+                child.pid = 0
+
+
+def _front_ends_for(device: str) -> int:
+    """One where the CPU runs the models too; beside GPUs, one for each four cores."""
+    on_cpu = device == "cpu" or (device == "auto" and not os.path.exists("/dev/nvidiactl"))
+    return 1 if on_cpu else max(1, len(os.sched_getaffinity(0)) // 4)
+
+
+def _listen(config: ServerConfig) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(
+            f"cannot listen on {config.host}, port {config.port}: {reason}. Choose another with --port (0 takes a free "
+            "one), or --host"
+        ) from None
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve(config: ServerConfig) -> int:
+    """Serve until a signal ends it. The exit status.
+
+    Raises `ConfigError`, `ModelError` or `TokenizerError` where it cannot begin.
+    """
+    listener = _listen(config)
+    models = find_models(config)
+    if not config.keys and not _is_loopback(listener):
+        log.warning("the server is open to the network: no --api-key is set")
+    print(f"embedserve: listening on {_url(listener)}", flush=True)
+    for model in models:
+        log.info("serving", extra={"model": model.id, "max_tokens": model.config.max_tokens})
+    return Supervisor(config, models, listener).run()
+
+
+def _is_loopback(listener: socket.socket) -> bool:
+    host = listener.getsockname()[0]
+    return bool(ipaddress.ip_address(host).is_loopback)
