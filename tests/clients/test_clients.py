@@ -108,9 +108,11 @@ def test_openai_python_reports_a_wrong_key(server: "Server") -> None:
 # LangChain
 
 
-@pytest.fixture
-def langchain(server: "Server") -> "langchain_openai.OpenAIEmbeddings":
-    return langchain_openai.OpenAIEmbeddings(model=MODEL, base_url=server.base_url, api_key=server.key)
+@pytest.fixture(scope="module")
+def langchain(server: "Server") -> Iterator["langchain_openai.OpenAIEmbeddings"]:
+    langchain = langchain_openai.OpenAIEmbeddings(model=MODEL, base_url=server.base_url, api_key=server.key)
+    yield langchain
+    langchain.client._client.close()
 
 
 def test_langchain_with_its_defaults(
@@ -134,14 +136,18 @@ def test_langchain_query(langchain: "langchain_openai.OpenAIEmbeddings", vectors
 
 
 def test_langchain_async(langchain: "langchain_openai.OpenAIEmbeddings", vectors: list[list[float]]) -> None:
-    assert_same(asyncio.run(langchain.aembed_documents(TEXTS)), vectors)
+    async def embed() -> list[list[float]]:
+        try:
+            return await langchain.aembed_documents(TEXTS)
+        finally:
+            await langchain.async_client._client.close()
+
+    assert_same(asyncio.run(embed()), vectors)
 
 
-def test_langchain_sending_text(server: "Server", vectors: list[list[float]]) -> None:
-    langchain = langchain_openai.OpenAIEmbeddings(
-        model=MODEL, base_url=server.base_url, api_key=server.key, check_embedding_ctx_length=False
-    )
-    assert_same(langchain.embed_documents(TEXTS), vectors)
+def test_langchain_sending_text(langchain: "langchain_openai.OpenAIEmbeddings", vectors: list[list[float]]) -> None:
+    texts_alone = langchain.model_copy(update={"check_embedding_ctx_length": False})
+    assert_same(texts_alone.embed_documents(TEXTS), vectors)
 
 
 # openai-node
