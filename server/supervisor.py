@@ -23,6 +23,7 @@ from embedserve.server import broker, front_end
 from embedserve.server.config import ConfigError, ServerConfig
 from embedserve.server.process import BEAT_SECONDS, Liveness, become_child, run
 from embedserve.server.served import ServedModels, find_models
+from embedserve.server.token_arrays import find_vocabulary
 
 __all__ = ["serve"]
 
@@ -161,7 +162,7 @@ class Supervisor:
             if child.pid and child.beating:
                 child.missed += 1
                 if child.missed > FROZEN_AFTER:
-                    log.error("a process is frozen: killing it", extra={"process": child.name, "pid": child.pid})
+                    log.error("a process is frozen: killing it", extra={"role": child.name, "pid": child.pid})
                     os.kill(child.pid, signal.SIGKILL)
                     child.missed = 0
             if child.pid and child.failures and time.monotonic() - child.started > STEADY_AFTER:
@@ -206,7 +207,7 @@ class Supervisor:
         except (ModelError, ConfigError) as error:
             alive.failed(str(error))
         except BaseException:
-            log.exception("a process failed", extra={"process": child.name})
+            log.exception("a process failed", extra={"role": child.name})
         finally:
             # No return into the supervisor's code, and no waiting for threads that may hang.
             sys.stdout.flush()
@@ -240,7 +241,7 @@ class Supervisor:
             elif word == "failed" and not child.was_ready:
                 self._fatal = rest
             elif word == "failed":
-                log.error("%s", rest, extra={"process": child.name})
+                log.error("%s", rest, extra={"role": child.name})
 
     def _announce(self) -> None:
         if not self._announced and all(child.ready for child in self._children):
@@ -277,7 +278,7 @@ class Supervisor:
         reason = f"signal {-exit_code}" if exit_code < 0 else f"status {exit_code}"
         log.error(
             "a process ended; another takes its place",
-            extra={"process": child.name, "pid": pid, "reason": reason, "in_seconds": delay},
+            extra={"role": child.name, "pid": pid, "reason": reason, "in_seconds": delay},
         )
 
     def _kill_all(self) -> None:
@@ -316,10 +317,12 @@ def _url(listener: socket.socket) -> str:
 def serve(config: ServerConfig) -> int:
     """Serve until a signal ends it. The exit status.
 
-    Raises `ConfigError`, `ModelError` or `TokenizerError` where it cannot begin.
+    Raises `ConfigError`, `ModelError`, `TokenizerError` or `VocabularyError` where it cannot begin.
     """
     listener = _listen(config)
     models = find_models(config)
+    if config.cl100k_file is not None:
+        find_vocabulary(config.cl100k_file)  # a wrong file shall show now, not in some request
     if not config.keys and not _is_loopback(listener):
         log.warning("the server is open to the network: no --api-key is set")
     print(f"embedserve: listening on {_url(listener)}", flush=True)
