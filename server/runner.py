@@ -44,7 +44,8 @@ _SMALLEST_BATCH = 256
 _LARGEST_BATCH = {"cpu": 8192, "cuda": 262_144}
 # Below this share of the best rate a larger batch is worth its latency.
 _NEAR_BEST = 0.97
-_PROBE_LENGTH = 64
+# Texts of the measurement, in tokens, from and to: varied, for a batch of equal lengths hides what small batches cost.
+_PROBE_LENGTHS = (8, 256)
 
 
 class DeviceError(ModelError):
@@ -188,13 +189,11 @@ class Runner:
         It becomes the smallest size within 3 % of the best rate, among those that run in about 100 ms on a CPU or 20 ms
         on a GPU. Takes about a second.
         """
-        length = min(_PROBE_LENGTH, self._config.max_tokens)
         limit = _LONGEST_BATCH_S[self._device.type]
         rates: dict[int, float] = {}
         size = _SMALLEST_BATCH
-        self._probe(1, length)
         while size <= _LARGEST_BATCH[self._device.type]:
-            seconds = self._probe(max(1, size // length), length)
+            seconds = self._probe(size)
             rates[size] = size / seconds
             # The next one takes about twice as long.
             if seconds * 2 > limit:
@@ -204,10 +203,15 @@ class Runner:
         self._max_batch_tokens = next(size for size, rate in rates.items() if rate >= _NEAR_BEST * best)
         progress(f"batches of up to {self._max_batch_tokens} tokens, {best:,.0f} tokens/s")
 
-    def _probe(self, rows: int, length: int) -> float:
-        """Seconds of the fastest of three runs of rows × length tokens."""
-        ids = np.random.default_rng(0).integers(0, self._config.vocab_size, rows * length, dtype=np.int32)
-        lengths = np.full(rows, length, dtype=np.int32)
+    def _probe(self, tokens: int) -> float:
+        """Seconds of the fastest of three runs of so many tokens."""
+        chance = np.random.default_rng(0)
+        shortest, longest = (min(length, self._config.max_tokens) for length in _PROBE_LENGTHS)
+        lengths = chance.integers(shortest, longest, tokens, dtype=np.int32, endpoint=True)
+        rows = int(np.searchsorted(np.cumsum(lengths), tokens)) + 1
+        lengths = lengths[:rows]
+        lengths[-1] -= lengths.sum() - tokens
+        ids = chance.integers(0, self._config.vocab_size, tokens, dtype=np.int32)
         dimensions = np.full(rows, self._config.dimension, dtype=np.int32)
         fastest = float("inf")
         for _ in range(3):

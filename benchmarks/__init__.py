@@ -1,0 +1,1 @@
+"""Questions with numbers as answers; each program is one question, `results/` keeps the answers."""

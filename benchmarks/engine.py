@@ -1,0 +1,190 @@
+"""How many tokens a second does the engine embed in process, and how many does sentence-transformers, at its best?
+
+Both take the same texts and tokenise them inside the clock. They run in turns, A B A B, in one process and on the same
+threads; sentence-transformers sorts by length itself and runs at each of several batch sizes, of which the best counts.
+Tokens are counted with the special ones and without padding. Each figure is the median of the rounds, with the lowest
+and highest. Then one text of 16 tokens at a time: the latency of an idle engine.
+
+    PYTHONPATH=.typing python benchmarks/engine.py
+    PYTHONPATH=.typing python benchmarks/engine.py --rounds 9 --kinds short --output -
+
+Ends in one JSON line a kind of text, appended to benchmarks/results/engine.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+# First, for it sets how OpenMP's threads wait before torch is loaded.
+from embedserve.server.runner import Runner  # isort: skip
+
+import numpy as np
+import torch
+
+from embedserve.models.catalog import configure, locate
+from embedserve.server.tokenizer import Tokenizer, Truncate
+
+RESULTS = Path(__file__).parent / "results" / "engine.jsonl"
+# Words of a text, from and to, and texts a round.
+KINDS = {"short": (4, 16, 384), "mixed": (4, 230, 96), "long": (180, 240, 48)}
+SEED = 20261121
+
+
+def texts_of(kind: str, words: list[str], scale: float) -> list[str]:
+    """Texts of random words, their lengths spread evenly between the kind's bounds."""
+    lowest, highest, count = KINDS[kind]
+    chance = random.Random(SEED)
+    return [
+        " ".join(chance.choices(words, k=chance.randint(lowest, highest))) for _ in range(max(1, round(count * scale)))
+    ]
+
+
+def vocabulary(folder: Path) -> list[str]:
+    """The whole words among the model's own tokens: real words, rare and common."""
+    tokens = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    return sorted(token for token in tokens if re.fullmatch("[a-z]{2,}", token))
+
+
+def embed_all(runner: Runner, tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
+    """Tokenise, cut into batches within the runner's bound in the order of arrival, run."""
+    encoded = tokenizer.encode(texts, Truncate.END, max_total=1 << 30)
+    lengths, ids = np.asarray(encoded.lengths, dtype=np.int32), np.asarray(encoded.ids, dtype=np.int32)
+    dimensions = np.full(len(lengths), runner.info.dimension, dtype=np.int32)
+    ends = np.cumsum(lengths)
+    bound = runner.info.max_batch_tokens
+    vectors = []
+    row = 0
+    while row < len(lengths):
+        start = int(ends[row - 1]) if row else 0
+        last = max(row + 1, int(np.searchsorted(ends, start + bound, side="right")))
+        found, _ = runner.run(ids[start : ends[last - 1]], lengths[row:last], dimensions[row:last])
+        vectors.append(found)
+        row = last
+    return np.concatenate(vectors)
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def spread(values: list[float], digits: int) -> dict[str, float]:
+    """Median, lowest and highest."""
+    named = {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+    return {name: round(value, digits) for name, value in named.items()}
+
+
+def machine(runner: Runner) -> dict[str, Any]:
+    """What the figures depend on."""
+    packages = ("torch", "sentence-transformers", "transformers", "tokenizers", "numpy")
+    info = runner.info
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": info.device_name if info.device == "cpu" else None,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": info.threads,
+        "device": info.device_name,
+        "dtype": info.dtype,
+        "max_batch_tokens": info.max_batch_tokens,
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT"),
+        "python": ".".join(map(str, sys.version_info[:3])),
+        **{name: version(name) for name in packages},
+    }
+
+
+def main() -> None:
+    """Run the comparison and write its lines."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", default="all-MiniLM-L6-v2", help="a name of the catalogue, or a folder")
+    parser.add_argument("--models-dir", type=Path, default=None, help="where the models' folders lie")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", default="auto", help="of the engine; the reference has the same")
+    parser.add_argument("--threads", type=int, default=None, help="of the CPU; all that there are if not given")
+    parser.add_argument("--kinds", nargs="+", choices=[*KINDS, "one"], default=[*KINDS, "one"], help="of texts")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each side")
+    parser.add_argument("--scale", type=float, default=1.0, help="times the number of texts a round")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 32, 128], help="of sentence-transformers")
+    parser.add_argument("--output", default=str(RESULTS), help="file that the lines are appended to, - for none")
+    options = parser.parse_args()
+
+    from sentence_transformers import SentenceTransformer
+
+    given = Path(options.model)
+    folder = given if given.is_dir() else locate(options.model, options.models_dir)
+    config = configure(folder, options.model)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json", max_tokens=config.max_tokens, lower_case=config.do_lower_case)
+    # Off by our tokenizer, which brings its own threads; sentence-transformers is faster with it.
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    runner = Runner.load(
+        folder, config=config, device=options.device, dtype=options.dtype, threads=options.threads, progress=print
+    )
+    runner.warm_up(print)
+    dtype = getattr(torch, runner.info.dtype)
+    reference = SentenceTransformer(str(folder), device=options.device, model_kwargs={"dtype": dtype})
+    words = vocabulary(folder)
+
+    lines = []
+    for kind in options.kinds:
+        texts = ["the quick brown fox jumps over a lazy dog near the old river bank"]
+        if kind != "one":
+            texts = texts_of(kind, words, options.scale)
+        tokens = int(np.asarray(tokenizer.encode(texts, Truncate.END, max_total=1 << 30).lengths).sum())
+        # Latency needs many short calls, a rate few long ones.
+        repeats = 30 if kind == "one" else 1
+        sides: dict[str, Callable[[], object]] = {"engine": lambda texts=texts: embed_all(runner, tokenizer, texts)}
+        for size in [1] if kind == "one" else options.batch_sizes:
+            sides[f"sentence-transformers, {size} a batch"] = lambda texts=texts, size=size: reference.encode(
+                texts, batch_size=size, show_progress_bar=False
+            )
+        difference = float(np.abs(np.asarray(sides["engine"]()) - reference.encode(texts)).max())
+        for run in sides.values():
+            run()
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(options.rounds):
+            for name, run in sides.items():
+                seconds[name].append(statistics.median(timed(run) for _ in range(repeats)))
+        best = min((name for name in sides if name != "engine"), key=lambda name: statistics.median(seconds[name]))
+        # Each round is a pair taken next to each other in time, so its ratio does not see a machine that slows down.
+        ratios = [theirs / ours for ours, theirs in zip(seconds["engine"], seconds[best], strict=True)]
+        line = {
+            "benchmark": "engine",
+            "model": Path(options.model).name,
+            "texts": kind,
+            "count": len(texts),
+            "tokens": tokens,
+            "rounds": options.rounds,
+            "engine_times_reference": spread(ratios, 2),
+            "best_reference": best,
+            "largest_difference": difference,
+        }
+        if kind == "one":
+            line["milliseconds"] = {name: spread([s * 1e3 for s in taken], 2) for name, taken in seconds.items()}
+        else:
+            line["tokens_per_second"] = {
+                name: spread([tokens / s for s in taken], 0) for name, taken in seconds.items()
+            }
+        lines.append(json.dumps({**line, "machine": machine(runner)}))
+        print(lines[-1])
+    if options.output != "-":
+        with Path(options.output).open("a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+
+
+if __name__ == "__main__":
+    main()
