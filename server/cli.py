@@ -15,6 +15,7 @@ from embedserve.models import catalog
 from embedserve.models.errors import ModelError
 from embedserve.server import config, log, supervisor
 from embedserve.server.config import ConfigError
+from embedserve.server.token_arrays import VocabularyError
 from embedserve.server.tokenizer import TokenizerError
 
 __all__ = ["main"]
@@ -70,8 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             print(_table(settings))
             sys.exit(0)
         sys.exit(supervisor.serve(settings))
-    except (ConfigError, ModelError, TokenizerError) as error:
-        print(f"embedserve: {error}", file=sys.stderr)
+    except (ConfigError, ModelError, TokenizerError, VocabularyError) as error:
+        print("embedserve:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
 
 

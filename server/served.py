@@ -83,6 +83,8 @@ def find_models(config: ServerConfig) -> ServedModels:
 
     Raises `ConfigError`, `ModelError` or `TokenizerError`, whose messages name the model, the file and the remedy.
     """
+    if config.models_dir is not None and not config.models_dir.is_dir():
+        raise ConfigError(f"--models-dir: there is no folder {config.models_dir}")
     models = []
     for argument in config.model:
         name, folder = _locate(argument, config.models_dir)

@@ -1,5 +1,7 @@
 """The batcher against a model of its rules."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +17,7 @@ def cost(lengths: list[int], kind: Cost) -> int:
 
 
 class BatcherMachine(RuleBasedStateMachine):
-    """Random requests, batches, losses and cancellations; a plain list of texts beside the queue tells what is right."""
+    """Random requests, batches, losses and cancellations; plain sets beside the queue tell what is right."""
 
     @initialize(
         limit=st.integers(20, 400),
@@ -245,5 +247,5 @@ def test_the_queue_drains_in_as_few_batches_as_first_come_first_served_allows(le
     while (batch := batcher.take({"m": Bound(bound)})) is not None:
         batches.append(list(batch.lengths))
     assert [length for batch in batches for length in batch] == lengths
-    for this, following in zip(batches, batches[1:], strict=False):
+    for this, following in itertools.pairwise(batches):
         assert sum(this) + following[0] > bound, "no room was left unused"
