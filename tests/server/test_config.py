@@ -119,9 +119,7 @@ def test_the_command_says_what_is_wrong_in_one_line(arguments: list[str], messag
     assert done.stderr.count("\n") == 1, done.stderr
 
 
-def test_a_port_in_use(tmp_path: Path) -> None:
-    import socket
-
+def test_a_port_in_use() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = subprocess.run(
