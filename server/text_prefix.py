@@ -24,6 +24,7 @@ removes it, and an *anchor* a place between two plain characters.
     What the beginnings up to each of these places have in common, every continuation has.
 """
 
+import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -36,6 +37,9 @@ __all__ = ["PrefixTokenizer"]
 
 MARGIN = 8
 """Plain characters after a word within which its end is decided; the splits below look at most three ahead."""
+
+FIRST_PART = 64
+"""Characters of the first attempt beyond those that it is to settle."""
 
 SEARCH_BACK = 2048
 """Characters from the end of a part within which a settled place is sought: floods of white space have none."""
@@ -103,13 +107,15 @@ class PrefixTokenizer:
 
     def first_ids(self, text: str, count: int) -> list[int] | None:
         """The first `count` ids of a text, without special tokens; None where the whole text must be read to tell."""
-        size = count * 6
+        # Chinese has about one token a character. What the first attempt finds says how much the second one needs.
+        size = count * 3 // 2 + FIRST_PART
         while size * 2 < len(text):
             settled = self._settled_ids(text[:size], count)
             if len(settled) >= count:
                 return settled[:count]
-            # Few tokens so far mean a flood of something, of which four times as much will not be enough either.
-            size *= 4 if len(settled) * 8 > count else 16
+            # No token yet, in a flood of white space perhaps: make for the whole text in few steps.
+            missing = count / len(settled) if settled else 16
+            size = math.ceil(size * min(max(1.25 * missing, 2), 16))
         return None
 
     def _settled_ids(self, part: str, count: int) -> list[int]:

@@ -41,10 +41,12 @@ __all__ = [
 LONG_CHARACTERS_PER_TOKEN = 8
 LONG_CHARACTERS = 4096
 
-# Texts are tokenised together up to this many characters; then other requests have their turn.
+# Texts are tokenised together up to this many characters, 7 to 10 ms; then other requests have their turn.
 SLICE_CHARACTERS = 32_768
 
-# Up to this many characters in all, a request is tokenised in the event loop.
+# Up to this many characters in all, a request is tokenised in the event loop: 0.4 ms, where 12 words take 25 us. A
+# thread costs another 30 to 75 us, whatever the length (2 cores). Requests are not gathered into one call of the
+# library: 64 texts of 12 words take 21 us each that way, one by one 23 us.
 INLINE_CHARACTERS = 2048
 
 
@@ -196,8 +198,8 @@ class Tokenizer:
 
     def _ids_of_long(self, text: str, truncate: Truncate) -> list[int]:
         """Ids of one text, special ones included: all, or at least one more than allowed, which are its first."""
-        # START reads everything: a token depends on what stands before it. Where words have no bounded length or the
-        # tokenizer treats the start of a text apart, the last tokens cannot be told from the end of the text alone.
+        # START reads everything: what stands before a token decides about it, the whole word and at times the whole
+        # text, so that the last tokens cannot be told from the end of the text alone.
         if self._prefix and truncate is not Truncate.START:
             room = self.max_tokens - len(self._leading) - len(self._trailing)
             first = self._prefix.first_ids(text, room + 1)
