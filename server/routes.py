@@ -27,7 +27,7 @@ from embedserve.server.limits import client_address
 from embedserve.server.openapi import openapi_document
 from embedserve.server.schemas import EmbeddingRequest, parse_embedding_request
 from embedserve.server.served import ServedModel, ServedModels
-from embedserve.server.tokenizer import Encoded, RequestTooLongError, TextTooLongError, TokenizerPool
+from embedserve.server.tokenizer import Encoded, InvalidTextError, RequestTooLongError, TextTooLongError, TokenizerPool
 from embedserve.server.wire import ModelState
 
 __all__ = ["Endpoints"]
@@ -117,6 +117,8 @@ class Endpoints:
         limit = self._config.max_request_tokens
         try:
             return await self._tokenizers.encode(model.tokenizer, texts, wanted.truncate, limit)
+        except InvalidTextError as error:
+            raise InvalidRequestError(str(error), param="input") from None
         except TextTooLongError as error:
             raise text_too_long(error.index, error.tokens, error.limit) from None
         except RequestTooLongError as error:
