@@ -182,7 +182,6 @@ class OverloadedError(APIError):
         "overloaded": "The server is overloaded: its queue is full. Please try again later.",
         "model_loading": "The model is still being loaded. Please try again later.",
         "engine_restarting": "The engine that runs this model is being restarted. Please try again later.",
-        "shutting_down": "The server is shutting down. Please try again later.",
     }
 
     def __init__(self, code: str, retry_after: float = 1.0) -> None:
