@@ -89,7 +89,7 @@ class PrefixTokenizer:
         return cls(definition, tokenizer)
 
     def __init__(self, definition: dict[str, Any], tokenizer: tokenizers.Tokenizer) -> None:
-        """As `of`, of which this is the second half: the definition must be one that has a shortcut."""
+        """Use `of`, which knows whether there is a shortcut."""
         self._tokenizer = tokenizer
         self._is_plain = _plain_test(tokenizer.normalizer)
         self._words = _WordPrefixes.of(definition["model"], tokenizer)
@@ -139,6 +139,8 @@ class PrefixTokenizer:
         if self._words is None:
             return ids[:start]
         end = min(before, start + count + 2 * self._words.longest)
+        while end > start and encoding.token_to_chars(end) == encoding.token_to_chars(end - 1):
+            end -= 1  # not between the bytes of one character
         return ids[:start] + self._words.settled_ids(_spelling(encoding.tokens[start:end]), ids[start:end])
 
     def _settled_place(self, part: str) -> int:
