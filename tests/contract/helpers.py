@@ -1,6 +1,7 @@
 """What the contract tests share: bodies, vectors, envelopes, and a connection that sends whatever it is given."""
 
 import base64
+import contextlib
 import os
 import signal
 import socket
@@ -127,10 +128,8 @@ class Connection:
 
     def send(self, data: bytes) -> None:
         """Send, unless the server has answered and closed already."""
-        try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._socket.sendall(data)
-        except (BrokenPipeError, ConnectionResetError):
-            pass
 
     def answer(self, method: str = "POST") -> Answer:
         """Read the next answer."""
