@@ -138,7 +138,9 @@ class PrefixTokenizer:
             return ids[:end]
         if self._words is None:
             return ids[:start]
-        end = min(before, start + count + 2 * self._words.longest)
+        # No more than is needed, where the word is the whole part: of these tokens, those of the last two longest
+        # tokens' characters may go, each up to four bytes.
+        end = min(before, start + count + 8 * self._words.longest)
         while end > start and encoding.token_to_chars(end) == encoding.token_to_chars(end - 1):
             end -= 1  # not between the bytes of one character
         return ids[:start] + self._words.settled_ids(_spelling(encoding.tokens[start:end]), ids[start:end])
