@@ -214,5 +214,8 @@ def _kind(value: Any) -> str:
 
 def _shown(value: Any, length: int = 64) -> str:
     """A value as an error message repeats it: strings bare, as OpenAI does, and nothing at full length."""
-    text = value if isinstance(value, str) else orjson.dumps(value).decode()
+    try:
+        text = value if isinstance(value, str) else orjson.dumps(value).decode()
+    except orjson.JSONEncodeError:  # it reads what is nested deeper than it writes
+        text = _kind(value)
     return text if len(text) <= length else text[:length] + "…"
