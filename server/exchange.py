@@ -25,12 +25,24 @@ from embedserve.server.errors import (
 )
 from embedserve.server.wire import Charged, RequestReport
 
-__all__ = ["ClientGoneError", "Exchange", "ExchangeMiddleware", "error_response", "read_body", "unless_gone"]
+__all__ = [
+    "ClientGoneError",
+    "Exchange",
+    "ExchangeMiddleware",
+    "error_response",
+    "new_request_id",
+    "read_body",
+    "unless_gone",
+]
 
 log = logging.getLogger("embedserve.request")
 
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 """A caller's own request id is kept when it is short, visible ASCII: it goes into logs and headers."""
+
+_GZIP_PIECE = 1 << 16
+_GZIP_MEMBERS = 10_000
+"""Members of a gzip body: files put together have a few, and a body of empty ones would have a million."""
 
 T = TypeVar("T")
 
@@ -114,6 +126,11 @@ class Exchange:
         return fields
 
 
+def new_request_id() -> str:
+    """The id of a request whose caller gave none."""
+    return f"req_{secrets.token_hex(16)}"
+
+
 def _duration(seconds: float) -> str:
     milliseconds = math.ceil(seconds * 1000)
     return f"{milliseconds // 1000}s" if milliseconds % 1000 == 0 else f"{milliseconds}ms"
@@ -135,7 +152,7 @@ class ExchangeMiddleware:
             await self._app(scope, receive, send)
             return
         own = Headers(scope=scope).get("x-request-id", "")
-        exchange = Exchange(own if _REQUEST_ID.fullmatch(own) else f"req_{secrets.token_hex(16)}")
+        exchange = Exchange(own if _REQUEST_ID.fullmatch(own) else new_request_id())
         scope["exchange"] = exchange
 
         async def send_with_headers(message: Message) -> None:
@@ -199,17 +216,27 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 def _gunzip(body: bytes, limit: int) -> bytes:
     unpacked = bytearray()
-    while body:
-        inflater = zlib.decompressobj(wbits=31)
+    position = members = 0
+    inflater = None
+    while position < len(body):
+        if inflater is None:
+            members += 1
+            if members > _GZIP_MEMBERS:
+                raise InvalidRequestError(f"The body of the request has more than {_GZIP_MEMBERS} gzip members")
+            inflater = zlib.decompressobj(wbits=31)
+        # A piece at a time: what stands behind the end of a member is copied for each member.
+        piece = body[position : position + _GZIP_PIECE]
         try:
-            unpacked += inflater.decompress(body, limit + 1 - len(unpacked))
+            unpacked += inflater.decompress(piece, limit + 1 - len(unpacked))
         except zlib.error as error:
             raise InvalidRequestError(f"The body of the request is not valid gzip data: {error}") from None
         if len(unpacked) > limit:
             raise BodyTooLargeError(limit)
-        if not inflater.eof:
-            raise InvalidRequestError("The body of the request is not valid gzip data: it ends too early")
-        body = inflater.unused_data
+        position += len(piece) - len(inflater.unused_data)
+        if inflater.eof:
+            inflater = None
+    if inflater is not None:
+        raise InvalidRequestError("The body of the request is not valid gzip data: it ends too early")
     return bytes(unpacked)
 
 

@@ -7,17 +7,19 @@ import signal
 import socket
 from collections.abc import Iterator
 
+import httptools
 import uvicorn
-from embedserve.server.token_arrays import Vocabulary
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from embedserve.server.app import create_app
 from embedserve.server.client import BrokerClient
 from embedserve.server.config import ServerConfig
 from embedserve.server.errors import InvalidRequestError
+from embedserve.server.exchange import new_request_id
 from embedserve.server.process import Liveness
 from embedserve.server.routes import Endpoints
 from embedserve.server.served import ServedModels
+from embedserve.server.token_arrays import Vocabulary
 from embedserve.server.tokenizer import TokenizerPool
 
 __all__ = ["serve"]
@@ -28,14 +30,56 @@ KEEP_ALIVE_SECONDS = 90
 MAX_HEAD_BYTES = 64 << 10
 """The request line and all headers."""
 
+READ_BYTES = 256 << 10
+"""What uvloop receives at once, at most."""
+
 TOKENIZER_THREADS = 2
 """Of one front end, for long texts; the short ones are tokenised in the event loop."""
 
 
 class _Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP, with our envelope where it would answer in plain text, and a bound on what it keeps of a head."""
+    """uvicorn's HTTP, with our envelope where it would answer in plain text, and a bound on what it keeps of a head.
+
+    Offers of another protocol are passed over: Java's HTTP client makes one (h2c) with its first request, and the
+    parser would not take the body behind it for ours.
+    """
 
     _head_bytes = 0
+    _in_head = True
+    _kept_bytes = 0
+    """Received while a head has not ended. The parser hands over whole lines and keeps what it has of one."""
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`."""
+        self._unset_keepalive_if_required()
+        try:
+            self._feed(data)
+            self._kept_bytes = self._kept_bytes + len(data) if self._in_head else 0
+            if self._kept_bytes > MAX_HEAD_BYTES + READ_BYTES:  # the first read may have held other things
+                raise httptools.HttpParserError("the head is too large")
+        except httptools.HttpParserError:
+            self.logger.warning("Invalid HTTP request received.")
+            self.send_400_response("")
+
+    def _feed(self, data: bytes) -> None:
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as offer:
+                data = self._head_without_offer() + data[offer.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+
+    def _head_without_offer(self) -> bytes:
+        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+        for name, value in self.headers:
+            if name == b"connection":
+                options = [option.strip() for option in value.split(b",")]
+                value = b", ".join(option for option in options if option.lower() != b"upgrade")
+            if name != b"upgrade":
+                lines.append(name + b": " + value)
+        return b"\r\n".join([*lines, b"", b""])
 
     def on_message_begin(self) -> None:
         self._head_bytes = 0
@@ -54,6 +98,19 @@ class _Protocol(HttpToolsProtocol):
         if self._head_bytes > MAX_HEAD_BYTES:
             raise ValueError("the head is too large")  # the parser turns it into its own error, and the answer is a 400
 
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._kept_bytes = 0
+        if self.parser.get_method() == b"CONNECT":
+            raise ValueError("this is no proxy")
+        if not self.parser.should_upgrade():  # else the same head comes once more, without the offer
+            super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_head = True
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+
     def send_400_response(self, _msg: str) -> None:
         error = InvalidRequestError(
             "The request is not valid HTTP: its request line, its headers or the framing of its body cannot be read, "
@@ -62,7 +119,7 @@ class _Protocol(HttpToolsProtocol):
         body = json.dumps(error.body).encode()
         self.transport.write(
             b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
-            b"content-length: %d\r\n\r\n%b" % (len(body), body)
+            b"x-request-id: %b\r\ncontent-length: %d\r\n\r\n%b" % (new_request_id().encode(), len(body), body)
         )
         self.transport.close()
 
