@@ -147,6 +147,12 @@ class Connection:
         assert len(content) == length
         return Answer(int(status), found, content)
 
+    def interim(self) -> int:
+        """Read a status that comes before the answer."""
+        status = int(self._file.readline().split()[1])
+        assert self._file.readline() == b"\r\n"
+        return status
+
     def ends(self) -> bool:
         """Whether the server closes the connection, with nothing more to say."""
         try:
