@@ -4,7 +4,6 @@ import time
 from typing import Any
 
 import numpy as np
-from embedserve.server.token_arrays import TokenArrayError, Vocabulary
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -27,6 +26,7 @@ from embedserve.server.limits import client_address
 from embedserve.server.openapi import openapi_document
 from embedserve.server.schemas import EmbeddingRequest, parse_embedding_request
 from embedserve.server.served import ServedModel, ServedModels
+from embedserve.server.token_arrays import TokenArrayError, Vocabulary
 from embedserve.server.tokenizer import Encoded, InvalidTextError, RequestTooLongError, TextTooLongError, TokenizerPool
 from embedserve.server.wire import ModelState
 
