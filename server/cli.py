@@ -71,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             print(_table(settings))
             sys.exit(0)
         sys.exit(supervisor.serve(settings))
+    except KeyboardInterrupt:  # before the supervisor took over
+        sys.exit(130)
     except (ConfigError, ModelError, TokenizerError, VocabularyError) as error:
         print("embedserve:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

@@ -31,6 +31,7 @@ __all__ = [
     "UnknownModelError",
     "UnknownURLError",
     "invalid_input",
+    "request_too_long",
     "text_too_long",
 ]
 
@@ -212,4 +213,13 @@ def text_too_long(index: int, tokens: int, limit: int) -> InvalidRequestError:
         f"({tokens} in your prompt; 0 for the completion). Please reduce your prompt; or completion length. "
         f"Invalid 'input[{index}]': maximum input length is {limit} tokens.",
         param="input",
+    )
+
+
+def request_too_long(tokens: int, limit: int) -> InvalidRequestError:
+    """All inputs together have at least `tokens` tokens, more than the `limit` of a request."""
+    return InvalidRequestError(
+        f"Requested {tokens} tokens, max {limit} tokens per request",
+        type="max_tokens_per_request",
+        code="max_tokens_per_request",
     )

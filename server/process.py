@@ -27,7 +27,7 @@ _PR_SET_NAME = 15
 def become_child(name: str, parent: int) -> None:
     """The first thing a forked process does. `name` (15 bytes at most) is what `ps` and `top` show.
 
-    Ctrl-C reaches every process of a terminal; only the supervisor acts on it.
+    Ctrl-C and a hang-up reach every process of a terminal; only the supervisor acts on them.
     """
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
@@ -37,6 +37,7 @@ def become_child(name: str, parent: int) -> None:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 

@@ -12,13 +12,13 @@ from embedserve.server.client import BrokerClient, NotFiniteError, Result, RunEr
 from embedserve.server.config import ServerConfig
 from embedserve.server.encode import embedding_response
 from embedserve.server.errors import (
-    APIError,
     AuthenticationError,
     InternalError,
     InvalidRequestError,
     OverloadedError,
     RateLimitError,
     UnknownModelError,
+    request_too_long,
     text_too_long,
 )
 from embedserve.server.exchange import Exchange, read_body, unless_gone
@@ -59,7 +59,8 @@ class Endpoints:
         exchange.route = "embeddings"
         await self._admit(request, exchange)
         body = await read_body(request, self._config.max_body_bytes)
-        wanted = parse_embedding_request(body, self._models, self._config.max_inputs)
+        config = self._config
+        wanted = parse_embedding_request(body, self._models, config.max_inputs, config.max_request_tokens)
         exchange.model, exchange.user = wanted.model.id, (wanted.user or "")[:64]
         answer = await unless_gone(request, self._embed(wanted, exchange))
         return Response(answer, media_type="application/json")
@@ -122,7 +123,7 @@ class Endpoints:
         except TextTooLongError as error:
             raise text_too_long(error.index, error.tokens, error.limit) from None
         except RequestTooLongError as error:
-            raise _request_too_long(error.tokens, error.limit) from None
+            raise request_too_long(error.tokens, error.limit) from None
 
     def _native_tokens(self, wanted: EmbeddingRequest) -> Encoded:
         """Token arrays that are the model's own ids, special tokens and all, taken as they stand."""
@@ -140,9 +141,6 @@ class Endpoints:
                     param="input",
                 )
         lengths = np.array([len(tokens) for tokens in wanted.token_arrays], dtype=np.int32)
-        total = int(lengths.sum())
-        if total > self._config.max_request_tokens:
-            raise _request_too_long(total, self._config.max_request_tokens)
         return Encoded(np.concatenate([np.array(t, dtype=np.int32) for t in wanted.token_arrays]), lengths, 0)
 
     async def _run(self, wanted: EmbeddingRequest, texts: Texts, exchange: Exchange) -> Result:
@@ -204,14 +202,6 @@ class Endpoints:
     async def openapi(self, _request: Request) -> Response:
         """GET /openapi.json."""
         return JSONResponse(openapi_document(self._config, self._models))
-
-
-def _request_too_long(tokens: int, limit: int) -> APIError:
-    return InvalidRequestError(
-        f"Requested {tokens} tokens, max {limit} tokens per request",
-        type="max_tokens_per_request",
-        code="max_tokens_per_request",
-    )
 
 
 def _model_object(model: ServedModel) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from embedserve.models.config import DimensionRange
-from embedserve.server.errors import InvalidRequestError, UnknownModelError, invalid_input
+from embedserve.server.errors import InvalidRequestError, UnknownModelError, invalid_input, request_too_long
 from embedserve.server.served import ServedModel, ServedModels
 from embedserve.server.tokenizer import Truncate
 
@@ -52,8 +52,11 @@ class EmbeddingRequest:
         return len(inputs)
 
 
-def parse_embedding_request(body: bytes, models: ServedModels, max_inputs: int) -> EmbeddingRequest:
-    """Read a body. Raises `InvalidRequestError` and its kin; `null` for an optional field means absent."""
+def parse_embedding_request(body: bytes, models: ServedModels, max_inputs: int, max_tokens: int) -> EmbeddingRequest:
+    """Read a body of at most `max_inputs` inputs and `max_tokens` token ids.
+
+    `null` for an optional field means absent. Raises `InvalidRequestError` and its kin.
+    """
     fields = _load(body)
     name = fields.get("model")
     if name is None or name == "":
@@ -63,7 +66,7 @@ def parse_embedding_request(body: bytes, models: ServedModels, max_inputs: int) 
     model = models.find(name)
     if model is None:
         raise UnknownModelError(_shown(name))
-    texts, token_arrays = _input(fields.get("input"), max_inputs)
+    texts, token_arrays = _input(fields.get("input"), max_inputs, max_tokens)
     encoding_format = fields.get("encoding_format")
     if encoding_format is None:
         encoding_format = "float"
@@ -105,7 +108,7 @@ def _load(body: bytes) -> Mapping[str, Any]:
     )
 
 
-def _input(value: Any, limit: int) -> tuple[list[str] | None, list[list[int]] | None]:
+def _input(value: Any, limit: int, max_tokens: int) -> tuple[list[str] | None, list[list[int]] | None]:
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list) or not value:
@@ -120,6 +123,10 @@ def _input(value: Any, limit: int) -> tuple[list[str] | None, list[list[int]] | 
         )
     if all(isinstance(item, str) and item for item in value):
         return value, None
+    # Before they are looked at one by one: a body has room for ten million of them.
+    tokens = sum(len(item) for item in value if isinstance(item, list))
+    if tokens > max_tokens:
+        raise request_too_long(tokens, max_tokens)
     if all(isinstance(item, list) and item and all(map(_is_token, item)) for item in value):
         return None, value
     raise invalid_input()

@@ -35,6 +35,8 @@ FROZEN_AFTER = 10
 MAX_BACK_OFF = 30.0
 """Seconds between the ends and the starts of a process that does not stay up."""
 
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 STEADY_AFTER = 60.0
 """Seconds after which a process counts as steady: the next restart is at once again."""
 
@@ -77,6 +79,7 @@ class Supervisor:
         for _ in range(config.front_ends or _front_ends_for(config.device)):
             self._children.append(_Child("front end", self._front_end))
         self._stopping = False
+        self._stop_signals: list[str] = []
         self._kill_at = 0.0
         self._announced = False
         self._fatal: str | None = None
@@ -119,7 +122,7 @@ class Supervisor:
         for end in (wake, woken):
             end.setblocking(False)
         signal.set_wakeup_fd(woken.fileno())
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in _STOP_SIGNALS:
             signal.signal(number, self._on_stop_signal)
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)  # so that it wakes us
         self._selector.register(wake, selectors.EVENT_READ)
@@ -130,6 +133,7 @@ class Supervisor:
             for key, _ in self._selector.select(max(0.0, next_tick - time.monotonic())):
                 if key.fileobj is wake:
                     wake.recv(4096)
+                    self._stop()
                 else:
                     self._hear(key.data)
             self._reap()
@@ -146,12 +150,19 @@ class Supervisor:
         return self._stopping and not any(child.pid for child in self._children if child.name == "front end")
 
     def _on_stop_signal(self, number: int, _frame: object) -> None:
+        self._stop_signals.append(signal.Signals(number).name)
+
+    def _stop(self) -> None:
+        """Act on the signals so far: the first begins the end, a second one hastens it."""
         if self._stopping:
-            self._kill_at = 0.0
+            if len(self._stop_signals) > 1:
+                self._kill_at = 0.0
+            return
+        if not self._stop_signals:
             return
         self._stopping = True
         self._kill_at = time.monotonic() + self._config.shutdown_seconds + 2.0
-        log.info("stopping", extra={"signal": signal.Signals(number).name})
+        log.info("stopping", extra={"signal": self._stop_signals[0]})
         self._listener.close()
         for child in self._children:
             if child.pid and child.name == "front end":
@@ -182,9 +193,12 @@ class Supervisor:
         parent = os.getpid()
         sys.stdout.flush()
         sys.stderr.flush()
+        # A signal between the fork and `become_child` would run our handler in the child.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         pid = os.fork()
         if pid == 0:
             self._be(child, theirs, parent)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
         theirs.close()
         ours.setblocking(False)
         child.pid, child.channel = pid, ours
@@ -198,6 +212,7 @@ class Supervisor:
         alive = Liveness(channel)
         try:
             become_child(f"es {child.name}", parent)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
             self._selector.close()
             for other in self._children:
                 if other.channel is not None:
