@@ -44,6 +44,9 @@ _GZIP_PIECE = 1 << 16
 _GZIP_MEMBERS = 10_000
 """Members of a gzip body: files put together have a few, and a body of empty ones would have a million."""
 
+_WATCH_AFTER = 0.02
+"""Seconds after which it is worth to notice that a client has hung up."""
+
 T = TypeVar("T")
 
 
@@ -245,18 +248,41 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
     The body must have been read: what comes after it is the end of the connection.
     """
-    working = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request))
+    # To watch a connection takes a task; most requests are answered before it would be worth one.
+    watch = _HangUp(request)
+    handle = asyncio.get_running_loop().call_later(_WATCH_AFTER, watch.start)
     try:
-        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGoneError
+        return await work
+    except asyncio.CancelledError:
+        if watch.happened:
+            watch.cancelled_task.uncancel()
+            raise ClientGoneError from None
+        raise
     finally:
-        for task in (working, gone):
-            task.cancel()
+        handle.cancel()
+        watch.stop()
 
 
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+class _HangUp:
+    """Cancels the current task when the client of a request hangs up."""
+
+    def __init__(self, request: Request) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.cancelled_task = task
+        self.happened = False
+        self._request = request
+        self._watcher: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._watcher = asyncio.ensure_future(self._watch())
+
+    def stop(self) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()
+
+    async def _watch(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+        self.happened = True
+        self.cancelled_task.cancel()
