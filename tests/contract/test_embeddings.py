@@ -4,6 +4,7 @@ import gzip
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -191,6 +192,15 @@ def test_an_idle_server_takes_2048_texts(http: httpx.Client) -> None:
     assert vectors(answer).shape == (2048, 384)
 
 
+def test_requests_at_once_get_each_their_own_vectors(http: httpx.Client) -> None:
+    # The server puts them into common batches, and their answers together again.
+    requests = [[f"text {n} of request {r} " * (1 + (n + r) % 7) for n in range(1 + r % 5)] for r in range(60)]
+    with ThreadPoolExecutor(20) as threads:
+        answers = list(threads.map(lambda texts: embed(http, texts), requests))
+    every = vectors(embed(http, [text for texts in requests for text in texts]))
+    assert np.abs(np.concatenate([vectors(answer) for answer in answers]) - every).max() <= 1e-5
+
+
 # Ways to send it
 
 
@@ -241,7 +251,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]
     )
     (folder / "embedserve.toml").write_text(
         f'model = ["{MODEL}", "prompted={folder / "prompted"}"]\nrate_limit = 0\n'
-        f'[model_settings."{MODEL}"]\ntoken_ids = "native"\n'
+        f'[model_settings."{MODEL}"]\ntoken_ids = "native"\nprice = 0.02\ncurrency = "EUR"\n'
     )
     with (
         RunningServer("--config", str(folder / "embedserve.toml")) as server,
@@ -338,3 +348,16 @@ def test_a_size_it_was_not_trained_for_names_the_range(settings: httpx.Client, s
     assert error["param"] == "dimensions"
     assert "64, 128" in error["message"]
     assert "384" in error["message"]
+
+
+# What is told of them
+
+
+def test_models_tell_their_prices_prompts_and_sizes(settings: httpx.Client) -> None:
+    minilm, prompted = settings.get("/v1/embedding-models").json()["data"]
+    assert minilm["pricing"] == {"per_million_tokens": 0.02, "currency": "EUR"}
+    assert prompted["id"] == "prompted"
+    assert prompted["owned_by"] == "local"
+    assert prompted["prompts"] == {"query": "find: ", "passage": "text: ", "document": "text: ", "topic": "about: "}
+    assert [prompted["supports_dimensions"], minilm["supports_dimensions"]] == [True, False]
+    assert [prompted["dimensions"], prompted["max_dimensions"]] == [384, 384]
