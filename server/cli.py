@@ -52,7 +52,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The entry point. Exits with 0, or with 2 and one line when something has to be changed first."""
     parser = _Parser(prog="embedserve", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--version", action="version", version=f"embedserve {metadata.version('embedserve')}")
+    parser.add_argument("--version", action="version", version=f"embedserve {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serve = commands.add_parser(
         "serve",
@@ -76,6 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (ConfigError, ModelError, TokenizerError, VocabularyError) as error:
         print("embedserve:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("embedserve")
+    except metadata.PackageNotFoundError:
+        return "(from its source tree, not installed)"
 
 
 def _table(settings: config.ServerConfig) -> str:
