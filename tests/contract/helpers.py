@@ -23,6 +23,8 @@ from embedserve.models.catalog import locate
 from tests.support import MODEL, RunningServer
 
 __all__ = [
+    "BODY_LIMIT",
+    "KEY",
     "MODEL",
     "Answer",
     "Connection",
@@ -33,6 +35,10 @@ __all__ = [
     "one_from_each",
     "vectors",
 ]
+
+KEY = "sk-contract-0123456789-wxyz"
+BODY_LIMIT = 65_536
+"""Of the server behind the fixture `small`, in bytes."""
 
 Floats = npt.NDArray[np.float32]
 T = TypeVar("T")

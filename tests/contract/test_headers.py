@@ -1,7 +1,6 @@
 """Headers of answers."""
 
 import re
-from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -13,16 +12,6 @@ BODY = {"model": MODEL, "input": "a"}
 OPENAI = {"openai-processing-ms", "openai-version", "openai-model"}
 LIMITS = {"x-ratelimit-limit-requests", "x-ratelimit-remaining-requests", "x-ratelimit-reset-requests"}
 OWN_ID = re.compile(r"req_[0-9a-f]{32}")
-
-
-@pytest.fixture(scope="module")
-def limited() -> Iterator[httpx.Client]:
-    """A client of a server with a limit that no test reaches, and a key."""
-    with (
-        RunningServer("--rate-limit", "1000", "--api-key", "tests=sk-headers-0123456789") as server,
-        httpx.Client(base_url=server.url, timeout=30, headers={"x-api-key": "sk-headers-0123456789"}) as client,
-    ):
-        yield client
 
 
 def test_every_answer_has_an_id_of_its_own(http: httpx.Client) -> None:
@@ -59,9 +48,8 @@ def test_every_answer_has_an_id_whatever_it_says(http: httpx.Client, method: str
 
 
 @pytest.mark.parametrize("headers", [{}, {"x-api-key": "wrong"}, {"content-encoding": "br"}], ids=str)
-def test_a_refused_request_has_an_id(limited: httpx.Client, headers: dict[str, str]) -> None:
-    with httpx.Client(base_url=limited.base_url, timeout=30) as keyless:
-        answer = keyless.post("/v1/embeddings", json=BODY, headers=headers)
+def test_a_refused_request_has_an_id(keyless: httpx.Client, headers: dict[str, str]) -> None:
+    answer = keyless.post("/v1/embeddings", json=BODY, headers=headers)
     assert answer.status_code == 401
     assert OWN_ID.fullmatch(answer.headers["x-request-id"])
 
@@ -78,9 +66,9 @@ def test_errors_and_lists_have_none_of_openai_s_headers(http: httpx.Client) -> N
     assert not OPENAI & set(http.get("/v1/models").headers)
 
 
-def test_with_a_limit_every_answer_tells_what_is_left_of_it(limited: httpx.Client) -> None:
-    before = limited.post("/v1/embeddings", json=BODY)
-    after = limited.post("/v1/embeddings", json={**BODY, "input": []})
+def test_with_a_limit_every_answer_tells_what_is_left_of_it(small: httpx.Client) -> None:
+    before = small.post("/v1/embeddings", json=BODY)
+    after = small.post("/v1/embeddings", json={**BODY, "input": []})
     assert [before.status_code, after.status_code] == [200, 400]
     for answer in (before, after):
         assert answer.headers["x-ratelimit-limit-requests"] == "1000"
@@ -92,9 +80,9 @@ def test_without_a_limit_no_header_speaks_of_one(http: httpx.Client) -> None:
     assert not LIMITS & set(http.post("/v1/embeddings", json=BODY).headers)
 
 
-def test_lists_and_health_are_not_counted(limited: httpx.Client) -> None:
+def test_lists_and_health_are_not_counted(small: httpx.Client) -> None:
     for path in ("/v1/models", "/v1/embedding-models", "/health", "/ready", "/metrics"):
-        assert not LIMITS & set(limited.get(path).headers)
+        assert not LIMITS & set(small.get(path).headers)
 
 
 def test_one_connection_serves_many_requests_and_errors(server: RunningServer) -> None:
