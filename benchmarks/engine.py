@@ -87,6 +87,18 @@ def spread(values: list[float], digits: int) -> dict[str, float]:
     return {name: round(value, digits) for name, value in named.items()}
 
 
+def busy_cores() -> tuple[float, float, float]:
+    """(now, core-seconds that all processes have worked, core-seconds that this one has); the second only on Linux."""
+    own = os.times()
+    try:
+        fields = [int(field) for field in Path("/proc/stat").read_text(encoding="ascii").split("\n")[0].split()[1:]]
+    except OSError:
+        fields = [0] * 8
+    user, nice, system, _, _, interrupts, soft, steal = fields[:8]
+    everyone = (user + nice + system + interrupts + soft + steal) / os.sysconf("SC_CLK_TCK")
+    return time.perf_counter(), everyone, own.user + own.system
+
+
 def machine(runner: Runner) -> dict[str, Any]:
     """What the figures depend on."""
     packages = ("torch", "sentence-transformers", "transformers", "tokenizers", "numpy")
@@ -156,9 +168,11 @@ def main() -> None:
         for run in sides.values():
             run()
         seconds: dict[str, list[float]] = {name: [] for name in sides}
+        before = busy_cores()
         for _ in range(options.rounds):
             for name, run in sides.items():
                 seconds[name].append(statistics.median(timed(run) for _ in range(repeats)))
+        elapsed, everyone, own = (later - earlier for later, earlier in zip(busy_cores(), before, strict=True))
         best = min((name for name in sides if name != "engine"), key=lambda name: statistics.median(seconds[name]))
         # Each round is a pair taken next to each other in time, so its ratio does not see a machine that slows down.
         ratios = [theirs / ours for ours, theirs in zip(seconds["engine"], seconds[best], strict=True)]
@@ -172,6 +186,8 @@ def main() -> None:
             "engine_times_reference": spread(ratios, 2),
             "best_reference": best,
             "largest_difference": difference,
+            # What else ran on the machine, in cores: above a few hundredths the absolute figures are too low.
+            "cores_used_by_others": round(max(0.0, everyone - own) / elapsed, 2),
         }
         if kind == "one":
             line["milliseconds"] = {name: spread([s * 1e3 for s in taken], 2) for name, taken in seconds.items()}
