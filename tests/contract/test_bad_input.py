@@ -370,15 +370,31 @@ def test_garbage_behind_a_request_takes_nothing_from_other_connections(
     assert vectors(http.post("/v1/embeddings", content=GOOD)).shape == (1, 384)
 
 
-@pytest.mark.parametrize("protocol", ["h2c", "websocket"])
-def test_an_offer_of_another_protocol_is_passed_over(server: RunningServer, protocol: str) -> None:
+@pytest.mark.parametrize("protocol", ["h2c", "websocket", "nonsense"])
+@pytest.mark.parametrize("connection", ["Upgrade", "keep-alive, Upgrade", "Upgrade, HTTP2-Settings"])
+def test_an_offer_of_another_protocol_is_passed_over(server: RunningServer, protocol: str, connection: str) -> None:
     # Java's HTTP client offers h2c on its first request, and then goes on with the same connection.
-    offer = {"connection": "Upgrade, HTTP2-Settings", "upgrade": protocol, "http2-settings": "AAEAAEAAAAIAAAABAAMAAABk"}
-    with Connection(server.url, seconds=10) as connection:
-        connection.send(http_request(GOOD, headers=offer))
-        assert connection.answer().status_code == 200
-        connection.send(http_request(GOOD))
-        assert connection.answer().status_code == 200
+    offer = {"connection": connection, "upgrade": protocol, "http2-settings": "AAEAAEAAAAIAAAABAAMAAABk"}
+    with Connection(server.url, seconds=10) as client:
+        client.send(http_request(GOOD, headers=offer))
+        assert client.answer().status_code == 200
+        request = http_request(
+            b"%x\r\n%b\r\n0\r\n\r\n" % (len(GOOD), GOOD), headers={**offer, "transfer-encoding": "chunked"}
+        )
+        for place in range(0, len(request), 50):
+            client.send(request[place : place + 50])
+        assert client.answer().status_code == 200
+        client.send(http_request(GOOD))
+        assert client.answer().status_code == 200
+
+
+def test_it_is_no_proxy(server: RunningServer) -> None:
+    talk(server, b"CONNECT example.org:443 HTTP/1.1\r\nhost: example.org:443\r\n\r\n")
+    with Connection(server.url) as connection:
+        connection.send(http_request(GOOD, path="http://example.org/v1/nowhere"))
+        answer = connection.answer()
+        assert answer.status_code in (400, 404)
+        envelope(answer, answer.status_code)
 
 
 def test_expect_100_continue(server: RunningServer) -> None:
@@ -389,3 +405,9 @@ def test_expect_100_continue(server: RunningServer) -> None:
         assert connection.interim() == 100
         connection.send(GOOD)
         assert connection.answer().status_code == 200
+
+
+def test_a_body_too_large_is_not_waited_for(server: RunningServer) -> None:
+    with Connection(server.url, seconds=10) as connection:
+        connection.send(http_request(headers={"expect": "100-continue", "content-length": str(100 << 20)}))
+        envelope(connection.answer(), 413)  # and not 100, go on

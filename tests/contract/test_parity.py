@@ -6,11 +6,12 @@ The golden numbers are the ones that fastembed publishes for this model in its t
 import json
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import httpx
 import numpy as np
 import pytest
+import torch
 
 from tests.contract.helpers import MODEL, Floats, checkpoint, vectors
 
@@ -98,8 +99,11 @@ PER_KIND = 10
 
 
 @pytest.fixture(scope="module")
-def reference() -> SentenceTransformer:
-    return SentenceTransformer(str(checkpoint()), device="cpu")
+def reference() -> Iterator[SentenceTransformer]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several would wait for each other where other processes want the cores
+    yield SentenceTransformer(str(checkpoint()), device="cpu")
+    torch.set_num_threads(threads)
 
 
 def served(http: httpx.Client, texts: Sequence[str]) -> Floats:
