@@ -1,8 +1,8 @@
 """A checkpoint folder's files → one frozen ModelConfig. Every quirk of a foreign format ends here.
 
 Read are, where present: modules.json and each module's folder, config.json, sentence_bert_config.json,
-tokenizer_config.json (its model_max_length), config_sentence_transformers.json. The meaning is the one that
-sentence-transformers 6.2 gives them. Whatever changes vectors is applied or refused by name, never passed over.
+tokenizer_config.json (its model_max_length and flags of BERT's normaliser), config_sentence_transformers.json. The
+meaning is the one that sentence-transformers 6.2 gives them. Whatever changes vectors is applied or refused by name, never passed over.
 
 Imports no torch: front ends read the same configuration as engines.
 """
@@ -52,8 +52,10 @@ class ModelConfig:
         subfolder that modules.json names).
     pooling, normalize: how token states become a vector.
     max_tokens: texts are cut to this length; never more than max_positions.
-    do_lower_case: the front end lowercases the text (prompt included) before its tokenizer's own normaliser. Nothing
+    do_lower_case: the front end's tokenizer lowers the text (prompt included) before its own normaliser. Nothing
         else is done to a text: sentence-transformers 6 does not strip it.
+    bert_normalizer: flags of BERT's normaliser (lowercase, strip_accents, handle_chinese_chars) that
+        tokenizer_config.json states; in transformers they count more than what tokenizer.json says.
     prompts: prefixes by name, put before the text as they stand. default_prompt_name: the one that
         sentence-transformers puts before every text for which none is asked; a server follows it or says so.
     include_prompt: false where the prompt's tokens stay out of the pooling; only ever false without prompts.
@@ -88,6 +90,7 @@ class ModelConfig:
     default_dimension: int
     stored_dtype: str | None
     prompts: Mapping[str, str] = field(default_factory=dict)
+    bert_normalizer: Mapping[str, bool | None] = field(default_factory=dict)
     assumed: frozenset[str] = frozenset()
 
     @property
@@ -497,10 +500,23 @@ def _read_text_settings(folder: Path, max_positions: int) -> dict[str, Any]:
     return {
         "max_tokens": min(stated if stated is not None else max_positions, max_positions),
         "do_lower_case": values.boolean("do_lower_case", False),
+        "bert_normalizer": {
+            flag: None if tokenizer.get(name) is None else tokenizer.boolean(name, False)
+            for name, flag in _NORMALIZER_FLAGS.items()
+            # Only strip_accents has a meaning for null: as lowercase says.
+            if name in tokenizer.values and (tokenizer.get(name) is not None or name == "strip_accents")
+        },
         # Without a sentence_*_config.json the number is the tokenizer's, often more than the model was trained on.
         "assumed": frozenset() if values.get("max_seq_length") is not None else frozenset({"max_tokens"}),
     }
 
+
+# tokenizer_config.json's name of a flag → that of BertNormalizer in tokenizer.json.
+_NORMALIZER_FLAGS = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
 
 _SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 

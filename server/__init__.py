@@ -3,6 +3,7 @@
 The way of a request:
 
     front_end.py    a process with uvicorn; several may share the port
+      protocol.py   HTTP/1.1 on a connection
       app.py        routes and errors put together
       exchange.py   the request's id, body, headers, log line
       routes.py     the endpoints: parse → embed → encode

@@ -92,7 +92,7 @@ class UnknownURLError(InvalidRequestError):
     status = 404
 
     def __init__(self, method: str, path: str) -> None:
-        super().__init__(f"Invalid URL ({method} {path})", code="unknown_url")
+        super().__init__(f"Invalid URL ({method} {path[:256]})", code="unknown_url")
 
 
 class MethodError(InvalidRequestError):
@@ -102,7 +102,7 @@ class MethodError(InvalidRequestError):
 
     def __init__(self, method: str, path: str, allow: str) -> None:
         super().__init__(
-            f"Not allowed to {method} on {path}. Allowed: {allow}.",
+            f"Not allowed to {method} on {path[:256]}. Allowed: {allow}.",
             code="method_not_allowed",
             headers={"allow": allow},
         )

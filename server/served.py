@@ -100,6 +100,7 @@ def find_models(config: ServerConfig) -> ServedModels:
                     model_config.weights_folder / "tokenizer.json",
                     max_tokens=model_config.max_tokens,
                     lower_case=model_config.do_lower_case,
+                    bert_normalizer=model_config.bert_normalizer,
                 ),
                 created=entry.created if entry else int(_last_change(folder)),
             )

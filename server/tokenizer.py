@@ -12,11 +12,13 @@
 import asyncio
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -120,8 +122,6 @@ class Tokenizer:
         leading: list[int],
         trailing: list[int],
         max_tokens: int,
-        lower_case: bool,
-        strip: bool,
     ) -> None:
         """Use `load`."""
         self.max_tokens = max_tokens
@@ -129,16 +129,22 @@ class Tokenizer:
         self._prefix = prefix
         self._leading = leading
         self._trailing = trailing
-        self._lower_case = lower_case
-        self._strip = strip
         self._long = max(LONG_CHARACTERS, LONG_CHARACTERS_PER_TOKEN * max_tokens)
 
     @classmethod
-    def load(cls, path: Path, *, max_tokens: int, lower_case: bool = False, strip: bool = False) -> "Tokenizer":
+    def load(
+        cls,
+        path: Path,
+        *,
+        max_tokens: int,
+        lower_case: bool = False,
+        bert_normalizer: Mapping[str, bool | None] = MappingProxyType({}),
+    ) -> "Tokenizer":
         """Read a tokenizer.json; truncation and padding stored in it are ignored.
 
-        `max_tokens` bounds a text with its special tokens. `strip` removes white space around a text, then `lower_case`
-        lowers it, before the tokenizer's own rules apply, as sentence-transformers does where its settings ask for it.
+        `max_tokens` bounds a text with its special tokens. `lower_case` lowers a text before the tokenizer's own
+        normalizer, as sentence-transformers does where its settings say `do_lower_case`. `bert_normalizer` holds flags
+        that replace those of a BertNormalizer, see `ModelConfig.bert_normalizer`.
 
         Raises TokenizerFileError where the file is missing, malformed or of no use.
         """
@@ -148,7 +154,8 @@ class Tokenizer:
         try:
             content = path.read_bytes()
             definition = json.loads(content)
-            rust = tokenizers.Tokenizer.from_buffer(content)
+            definition["normalizer"] = _normalizer(definition.get("normalizer"), lower_case, bert_normalizer)
+            rust = tokenizers.Tokenizer.from_str(json.dumps(definition))
         except OSError as error:
             raise TokenizerFileError(path, error.strerror or str(error)) from error
         except Exception as error:  # the library raises plain Exception for whatever it dislikes
@@ -166,8 +173,6 @@ class Tokenizer:
             leading=leading,
             trailing=trailing,
             max_tokens=max_tokens,
-            lower_case=lower_case,
-            strip=strip,
         )
 
     def encode(self, texts: Sequence[str], truncate: Truncate, max_total: int) -> Encoded:
@@ -182,11 +187,6 @@ class Tokenizer:
         while not job.done:
             job.run_slice()
         return job.result()
-
-    def _prepare(self, text: str) -> str:
-        if self._strip:
-            text = text.strip()
-        return text.lower() if self._lower_case else text
 
     def _is_long(self, text: str) -> bool:
         return len(text) > self._long
@@ -212,6 +212,23 @@ class Tokenizer:
         if truncate is Truncate.START:
             return self._leading + ids[len(ids) - self.max_tokens + len(self._leading) :]
         return ids[: self.max_tokens - len(self._trailing)] + self._trailing
+
+
+def _normalizer(
+    normalizer: dict[str, Any] | None, lower_case: bool, bert_normalizer: Mapping[str, bool | None]
+) -> dict[str, Any] | None:
+    """A normalizer's definition with other flags, and after one that lowers the text.
+
+    Special tokens in a text are found before any normalizer sees it, so they are not lowered.
+    """
+    if normalizer is not None and normalizer["type"] == "BertNormalizer":
+        normalizer = {**normalizer, **bert_normalizer}
+    if not lower_case:
+        return normalizer
+    following: list[dict[str, Any]] = []
+    if normalizer is not None:
+        following = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
+    return {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, *following]}
 
 
 class TokenizerPool:
@@ -265,7 +282,7 @@ class _Job:
         texts: list[str] = []
         size = 0
         while not self.done and size < SLICE_CHARACTERS:
-            text = tokenizer._prepare(self._texts[self._next])
+            text = self._texts[self._next]
             if tokenizer._is_long(text) and texts:
                 break
             texts.append(text)

@@ -37,12 +37,16 @@ class RunningServer:
 
     def __enter__(self) -> Self:
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        found = re.search(r"listening on (http://\S+)", line)
-        assert found, f"{line!r}\n{self.log()}"
-        self.url = found[1]
-        if self._wait:
-            self.wait_ready()
+        try:
+            line = self.process.stdout.readline()
+            found = re.search(r"listening on (http://\S+)", line)
+            assert found, f"{line!r}\n{self.log()}"
+            self.url = found[1]
+            if self._wait:
+                self.wait_ready()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(

