@@ -161,7 +161,7 @@ class Server(Party):
     def __init__(
         self, name: str, target: Target, options: argparse.Namespace, facts: dict[str, Any] | None = None
     ) -> None:
-        self.name, self.target, self.facts = name, target, {"model": target.model, **(facts or {})}
+        self.name, self.target, self.facts = name, target, {"model": Path(target.model).name, **(facts or {})}
         self._options = options
 
     def vectors(self, texts: list[str], limits: Limits) -> np.ndarray[Any, Any]:
