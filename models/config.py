@@ -2,7 +2,8 @@
 
 Read are, where present: modules.json and each module's folder, config.json, sentence_bert_config.json,
 tokenizer_config.json (its model_max_length and flags of BERT's normaliser), config_sentence_transformers.json. The
-meaning is the one that sentence-transformers 6.2 gives them. Whatever changes vectors is applied or refused by name, never passed over.
+meaning is the one that sentence-transformers 6.2 gives them. Whatever changes vectors is applied or refused by name,
+never passed over.
 
 Imports no torch: front ends read the same configuration as engines.
 """

@@ -342,7 +342,11 @@ def serve(config: ServerConfig) -> int:
         log.warning("the server is open to the network: no --api-key is set")
     print(f"embedserve: listening on {_url(listener)}", flush=True)
     for model in models:
-        log.info("serving", extra={"model": model.id, "max_tokens": model.config.max_tokens})
+        facts = {"model": model.id, "max_tokens": model.config.max_tokens}
+        facts |= {"pooling": model.config.pooling, "normalize": model.config.normalize}
+        log.info("serving", extra=facts)
+        if model.config.assumed & {"pooling", "normalize"}:
+            log.warning("the model's files do not say how it pools: this is a convention", extra=facts)
     return Supervisor(config, models, listener).run()
 
 
