@@ -5,8 +5,8 @@ threads; sentence-transformers sorts by length itself and runs at each of severa
 Tokens are counted with the special ones and without padding. Each figure is the median of the rounds, with the lowest
 and highest. Then one text of 16 tokens at a time: the latency of an idle engine.
 
-    PYTHONPATH=.typing python benchmarks/engine.py
-    PYTHONPATH=.typing python benchmarks/engine.py --rounds 9 --kinds short --output -
+    python -m benchmarks.engine
+    python -m benchmarks.engine --rounds 9 --kinds short --output -
 
 Ends in one JSON line a kind of text, appended to benchmarks/results/engine.jsonl.
 """
@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
-import re
 import statistics
 import sys
 import time
@@ -32,28 +30,13 @@ from embedserve.server.runner import Runner  # isort: skip
 import numpy as np
 import torch
 
+from benchmarks.texts import texts_of, vocabulary
 from embedserve.models.catalog import configure, locate
 from embedserve.server.tokenizer import Tokenizer, Truncate
 
 RESULTS = Path(__file__).parent / "results" / "engine.jsonl"
-# Words of a text, from and to, and texts a round.
-KINDS = {"short": (4, 16, 384), "mixed": (4, 230, 96), "long": (180, 240, 48)}
-SEED = 20261121
-
-
-def texts_of(kind: str, words: list[str], scale: float) -> list[str]:
-    """Texts of random words, their lengths spread evenly between the kind's bounds."""
-    lowest, highest, count = KINDS[kind]
-    chance = random.Random(SEED)
-    return [
-        " ".join(chance.choices(words, k=chance.randint(lowest, highest))) for _ in range(max(1, round(count * scale)))
-    ]
-
-
-def vocabulary(folder: Path) -> list[str]:
-    """The whole words among the model's own tokens: real words, rare and common."""
-    tokens = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
-    return sorted(token for token in tokens if re.fullmatch("[a-z]{2,}", token))
+COUNTS = {"short": 384, "mixed": 96, "long": 48}
+"""Texts a round."""
 
 
 def embed_all(runner: Runner, tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
@@ -128,7 +111,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="auto", help="of the engine; the reference has the same")
     parser.add_argument("--threads", type=int, default=None, help="of the CPU; all that there are if not given")
-    parser.add_argument("--kinds", nargs="+", choices=[*KINDS, "one"], default=[*KINDS, "one"], help="of texts")
+    parser.add_argument("--kinds", nargs="+", choices=[*COUNTS, "one"], default=[*COUNTS, "one"], help="of texts")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side")
     parser.add_argument("--scale", type=float, default=1.0, help="times the number of texts a round")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 32, 128], help="of sentence-transformers")
@@ -140,9 +123,16 @@ def main() -> None:
     given = Path(options.model)
     folder = given if given.is_dir() else locate(options.model, options.models_dir)
     config = configure(folder, options.model)
-    tokenizer = Tokenizer.load(folder / "tokenizer.json", max_tokens=config.max_tokens, lower_case=config.do_lower_case)
+    tokenizer = Tokenizer.load(
+        folder / "tokenizer.json",
+        max_tokens=config.max_tokens,
+        lower_case=config.do_lower_case,
+        bert_normalizer=config.bert_normalizer,
+    )
     # Off by our tokenizer, which brings its own threads; sentence-transformers is faster with it.
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    # Both on this thread and its OpenMP workers, which therefore are not pinned, as the engine process pins its own:
+    # with workers of two threads in one process, libgomp would let all of them wait less patiently.
     runner = Runner.load(
         folder, config=config, device=options.device, dtype=options.dtype, threads=options.threads, progress=print
     )
@@ -155,7 +145,7 @@ def main() -> None:
     for kind in options.kinds:
         texts = ["the quick brown fox jumps over a lazy dog near the old river bank"]
         if kind != "one":
-            texts = texts_of(kind, words, options.scale)
+            texts = texts_of(kind, max(1, round(COUNTS[kind] * options.scale)), words)
         tokens = int(np.asarray(tokenizer.encode(texts, Truncate.END, max_total=1 << 30).lengths).sum())
         # Latency needs many short calls, a rate few long ones.
         repeats = 30 if kind == "one" else 1

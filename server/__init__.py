@@ -19,6 +19,7 @@ The way of a request:
       metrics.py    the counters
     engine.py       a process for each device: pulls batches
       runner.py     owns the device: token ids → vectors
+      threads.py    the CPU's threads
     client.py, encode.py        vectors → response
 
 Around them: cli.py and config.py read the settings, supervisor.py starts and watches the processes, process.py is what

@@ -217,6 +217,7 @@ def _load(options: EngineOptions, alive: Liveness) -> dict[str, Runner]:
             device=options.device,
             dtype=options.dtype,
             threads=options.threads,
+            pin=True,
             progress=progress,
         )
         runner.warm_up(progress)

@@ -5,14 +5,8 @@ ids, lengths → PackedRows (sorted) → staged to the device → backend → po
 
 from __future__ import annotations
 
-import os
-
-# Read by libgomp when torch loads it, so it stands before that import. By default a thread that waits for the others
-# at the end of a parallel region spins for milliseconds; when anything else wants a core (a front end, the broker), it
-# keeps the very thread it waits for from running, at every one of the hundred regions of a forward pass. Measured on
-# two cores beside one busy process: 16 tokens in 667 ms by default, 7.3 with this bound; alone 2.6 and 2.8.
-# (OMP_WAIT_POLICY=passive: 5.7 alone; a bound of 10,000 or more: 30 ms and worse at times beside the busy process.)
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# First, for it says how OpenMP's threads wait before torch is loaded.
+from embedserve.server import threads as cpu_threads  # isort: skip
 
 import platform
 import time
@@ -95,6 +89,7 @@ class Runner:
         dtype: str = "auto",
         backend: str = "native",
         threads: int | None = None,
+        pin: bool = False,
         progress: Callable[[str], None] = lambda _: None,
     ) -> Runner:
         """Read a checkpoint onto a device.
@@ -103,6 +98,7 @@ class Runner:
         device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N".
         dtype: "auto" (float16 on CUDA, float32 on the CPU), "float32", "float16" or "bfloat16".
         threads: of the CPU's operations; None takes all cores that the process may use.
+        pin: on the CPU, give each thread a core of its own where they are as many; see `threads.pin`.
         progress: called with a line of text at each step.
 
         Raises DeviceError for a device or dtype that is not there, CheckpointError for a checkpoint that cannot be run.
@@ -110,6 +106,8 @@ class Runner:
         place = _pick_device(device)
         kind = _pick_dtype(dtype, place)
         count = _set_threads(threads)
+        if pin and place.type == "cpu" and cpu_threads.pin():
+            progress(f"{count} threads, each on a core of its own")
         if config is None:
             config = read_config(folder)
         shown = str(kind).removeprefix("torch.")
@@ -282,8 +280,7 @@ def _pick_dtype(asked: str, device: torch.device) -> torch.dtype:
 def _set_threads(asked: int | None) -> int:
     if asked is not None and asked < 1:
         raise DeviceError(f"threads {asked}: expected at least 1")
-    # Of the cores that the process may use: in a container os.cpu_count() says the machine's.
-    count = asked if asked is not None else len(os.sched_getaffinity(0))
+    count = asked if asked is not None else len(cpu_threads.available_cores())
     torch.set_num_threads(count)
     return count
 

@@ -74,8 +74,9 @@ class Supervisor:
         self._broker_listener.listen(128)
         self._selector = selectors.DefaultSelector()
         self._children = [_Child("broker", self._broker)]
-        for device in config.device.split(","):
-            self._children.append(_Child("engine", partial(self._engine, device)))
+        devices = config.device.split(",")
+        for device, cores in zip(devices, _share_cores(devices), strict=True):
+            self._children.append(_Child("engine", partial(self._engine, device, cores)))
         for _ in range(config.front_ends or _front_ends_for(config.device)):
             self._children.append(_Child("front end", self._front_end))
         self._stopping = False
@@ -95,9 +96,10 @@ class Supervisor:
         )
         run(lambda: broker.serve(self._broker_listener, state, alive))
 
-    def _engine(self, device: str, alive: Liveness, _again: bool) -> None:
+    def _engine(self, device: str, cores: set[int], alive: Liveness, _again: bool) -> None:
         self._listener.close()
         self._broker_listener.close()
+        os.sched_setaffinity(0, cores)
         from embedserve.server import engine  # brings torch, which no other process shall have
 
         config = self._config
@@ -302,6 +304,17 @@ class Supervisor:
                 os.kill(child.pid, signal.SIGKILL)
                 os.waitpid(child.pid, 0)
                 child.pid = 0
+
+
+def _share_cores(devices: list[str]) -> list[set[int]]:
+    """The cores of each engine: all of them, except that engines on the CPU share them out."""
+    cores = sorted(os.sched_getaffinity(0))
+    on_cpu = [index for index, device in enumerate(devices) if device == "cpu"]
+    shares = [set(cores) for _ in devices]
+    if 1 < len(on_cpu) <= len(cores):
+        for number, index in enumerate(on_cpu):
+            shares[index] = set(cores[number :: len(on_cpu)])
+    return shares
 
 
 def _front_ends_for(device: str) -> int:
