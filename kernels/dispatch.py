@@ -18,10 +18,14 @@ _AMPERE = (8, 0)
 
 @dataclass(frozen=True)
 class Kernels:
-    """The chosen operations: attend(qkv, layout), and linear(weight, bias, activation), which prepares a weight."""
+    """The chosen operations: attend(qkv, layout), and linear(weight, bias, activation), which prepares a weight.
+
+    pads: whether attend pads its rows to the longest, so that a batch should hold rows of like length.
+    """
 
     attend: Callable[[Tensor, Layout], Tensor]
     linear: Callable[[Tensor, Tensor, str | None], Linear]
+    pads: bool = False
 
 
 REFERENCE = Kernels(attend=attend_by_runs, linear=TorchLinear)
@@ -33,7 +37,7 @@ def choose(device: torch.device, dtype: torch.dtype, *, reference: bool = False)
         return REFERENCE
     if device.type == "cuda":
         packed = dtype in _HALF and torch.cuda.get_device_capability(device) >= _AMPERE
-        return Kernels(attend=attend_varlen if packed else attend_padded, linear=TorchLinear)
+        return Kernels(attend=attend_varlen if packed else attend_padded, linear=TorchLinear, pads=not packed)
     if device.type == "cpu" and dtype == torch.float32 and OneDnnLinear.available():
         return Kernels(attend=attend_by_runs, linear=OneDnnLinear)
     return REFERENCE

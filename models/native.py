@@ -17,10 +17,11 @@ class NativeBackend:
     """Runs a family's packed module with the kernels that the device offers; see `Backend`."""
 
     name = "native"
-    cost: Literal["packed", "padded"] = "packed"
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-        self._model = registry.family(config.family)(config, device, dtype, dispatch.choose(device, dtype))
+        kernels = dispatch.choose(device, dtype)
+        self.cost: Literal["packed", "padded"] = "padded" if kernels.pads else "packed"
+        self._model = registry.family(config.family)(config, device, dtype, kernels)
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """See `Backend`."""

@@ -155,9 +155,10 @@ class BrokerClient:
             connection = await wire.connect(
                 self._address, lambda: wire.FramedConnection(self._on_frame, self._on_close)
             )
-            connection.send(wire.Hello("front_end", os.getpid()))
-            self._connection = connection
-            self._connected.set()
+            if not connection.closed:
+                connection.send(wire.Hello("front_end", os.getpid()))
+                self._connection = connection
+                self._connected.set()
             await connection.lost.wait()
 
     def _on_close(self, _connection: wire.FramedConnection) -> None:

@@ -7,6 +7,7 @@ Every field below is an option of ``embedserve serve``: ``rate_limit`` is the fl
 import argparse
 import dataclasses
 import ipaddress
+import math
 import os
 import re
 import textwrap
@@ -376,7 +377,9 @@ def _model_settings(tables: Any, path: Path) -> dict[str, ModelSettings]:
                 refuse(f"{name}: there is no setting {key!r}; there are {', '.join(sorted(known))}")
             if key == "token_ids" and value not in ("cl100k", "native"):
                 refuse(f"{name}: token_ids: expected cl100k or native, not {_show(value)}")
-            if key == "price" and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+            if key == "price" and (
+                isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf
+            ):
                 refuse(f"{name}: price: expected a number, not {_show(value)}")
             if key == "currency" and not (isinstance(value, str) and value):
                 refuse(f"{name}: currency: expected a text, not {_show(value)}")

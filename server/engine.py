@@ -20,9 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from embedserve.models.config import ModelConfig
+from embedserve.models.errors import BatchError, ModelError
 from embedserve.server import wire
 from embedserve.server.process import Liveness
-from embedserve.server.runner import Runner
+from embedserve.server.runner import DeviceError, Runner
 
 __all__ = ["EngineOptions", "serve"]
 
@@ -88,6 +89,8 @@ class Engine:
         self._estimates = {name: _Estimate() for name in runners}
         self._pulled = False
         """Whether a batch was asked for that has not come."""
+        self._spent = False
+        """Whether the device can be used no more by this process."""
 
     async def keep_connected(self, address: str) -> None:
         """Serve the broker at this address, and its successors, until cancelled."""
@@ -106,10 +109,10 @@ class Engine:
         bound = self._max_batch_tokens or info.max_batch_tokens
         return wire.ModelReady(name, bound, info.cost, info.device, info.dtype, info.backend)
 
-    def is_stuck(self) -> bool:
-        """Whether the running batch has been running for far too long."""
-        if self._running is None:
-            return False
+    def is_lost(self) -> bool:
+        """Whether only another process can go on: the device is spent, or the batch runs for far too long."""
+        if self._running is None or self._spent:
+            return self._spent
         expected = self._estimates[self._running.run.model].seconds(len(self._running.ids))
         return time.monotonic() - self._running_since > _STUCK_AFTER + 10 * expected
 
@@ -127,12 +130,12 @@ class Engine:
         self._start_next()
 
     def _pull(self) -> None:
-        if not self._pulled and not self._bound:
+        if not self._pulled and not self._bound and not self._spent:
             self._pulled = True
             self._connection.send(wire.Pull())
 
     def _start_next(self) -> None:
-        if self._running is not None or not self._bound:
+        if self._running is not None or self._spent or not self._bound:
             return
         batch = self._running = self._bound.popleft()
         self._running_since = time.monotonic()
@@ -160,9 +163,12 @@ class Engine:
         payload: list[wire.Buffer] = []
         try:
             vectors, finite, seconds = future.result()
-        except Exception:
+        except Exception as error:
             # The exception's text may hold values of the batch, its place in the code does not.
             log.exception("a batch failed", extra={"model": batch.run.model, "texts": batch.run.rows})
+            # After an error of CUDA nothing runs any more in this process.
+            on_gpu = self._runners[batch.run.model].info.device != "cpu"
+            self._spent = self._spent or (on_gpu and not isinstance(error, BatchError))
             answer = wire.BatchFailed(batch.run.batch)
         else:
             tokens = len(batch.ids)
@@ -190,15 +196,20 @@ async def serve(options: EngineOptions, address: str, alive: Liveness) -> None:
     beats = asyncio.create_task(_beat_while_loading(alive))
     try:
         runners = await loop.run_in_executor(device, _load, options, alive)
+    except ModelError:
+        raise
+    except Exception as error:
+        # Out of memory, a driver that is too old: no request is involved, so the text of the error can be shown.
+        raise DeviceError(f"the models cannot be loaded: {type(error).__name__}: {error}") from error
     finally:
         beats.cancel()
     engine = Engine(runners, device, options.max_batch_tokens)
     connection = asyncio.create_task(engine.keep_connected(address))
     alive.ready()
     while await alive.beat():
-        if engine.is_stuck():
-            # The device thread cannot be ended, only the process. The supervisor starts another.
-            log.error("the running batch hangs: giving up this process")
+        if engine.is_lost():
+            # A thread or a CUDA context cannot be ended, only the process. The supervisor starts another.
+            log.error("the device hangs or has failed: giving up this process")
             break
     connection.cancel()
 

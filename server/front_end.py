@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import signal
 import socket
 from collections.abc import Iterator
 
@@ -11,7 +10,7 @@ import uvicorn
 from embedserve.server.app import create_app
 from embedserve.server.client import BrokerClient
 from embedserve.server.config import ServerConfig
-from embedserve.server.process import Liveness
+from embedserve.server.process import Liveness, on_sigterm
 from embedserve.server.protocol import HTTPProtocol
 from embedserve.server.routes import Endpoints
 from embedserve.server.served import ServedModels
@@ -32,7 +31,7 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._finish)
+        on_sigterm(self._finish)
         yield
 
     def _finish(self) -> None:

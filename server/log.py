@@ -46,7 +46,8 @@ class TextFormatter(logging.Formatter):
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         line = f"{clock} {record.levelname:<7} {record.getMessage()}"
         for name, value in _fields(record).items():
-            line += f" {name}={value}"
+            # A client chose some of them, and must not write lines of its own, or to the terminal.
+            line += f" {name}={value if str(value).isprintable() else ascii(value)}"
         if record.exc_info:
             line += "\n" + _traceback(record)
         return line

@@ -15,19 +15,23 @@ from typing import Any
 
 import uvloop
 
-__all__ = ["BEAT_SECONDS", "Liveness", "become_child", "run"]
+__all__ = ["BEAT_SECONDS", "STOP_SIGNALS", "Liveness", "become_child", "on_sigterm", "run"]
 
 BEAT_SECONDS = 0.5
 """Seconds between two signs of life."""
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 
 
-def become_child(name: str, parent: int) -> None:
-    """The first thing a forked process does. `name` (15 bytes at most) is what `ps` and `top` show.
+def become_child(name: str, parent: int, *, finishes: bool) -> None:
+    """The first thing a forked process does, with the stop signals blocked.
 
-    Ctrl-C and a hang-up reach every process of a terminal; only the supervisor acts on them.
+    `name` (15 bytes at most) is what `ps` and `top` show. A process that `finishes` what it does on SIGTERM gets the
+    signal when it calls `on_sigterm`, even if it came before; the others wait for the supervisor to end them. Ctrl-C and
+    a hang-up reach every process of a terminal; only the supervisor acts on them.
     """
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
@@ -36,9 +40,17 @@ def become_child(name: str, parent: int) -> None:
         os._exit(1)
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL if finishes else signal.SIG_IGN)
+    waits = {signal.SIGTERM} if finishes else set()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, set(STOP_SIGNALS) - waits)
+
+
+def on_sigterm(action: Callable[[], None]) -> None:
+    """From now on, have the event loop call `action` on SIGTERM; one that came before counts."""
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, action)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 class Liveness:

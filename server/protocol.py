@@ -13,8 +13,8 @@ __all__ = ["HTTPProtocol"]
 MAX_HEAD_BYTES = 64 << 10
 """The request line and all headers."""
 
-READ_BYTES = 256 << 10
-"""What uvloop receives at once, at most."""
+MAX_PIPELINED = 16
+"""Requests that a connection may send before the answer to the first."""
 
 
 class HTTPProtocol(HttpToolsProtocol):
@@ -25,20 +25,27 @@ class HTTPProtocol(HttpToolsProtocol):
     """
 
     _head_bytes = 0
-    _in_head = True
+    _in_trailers = False
+    _progress = False
+    """Whether a piece of a body, or the end of a head or a request, came out of the parser."""
     _kept_bytes = 0
-    """Received while a head has not ended. The parser hands over whole lines and keeps what it has of one."""
+    """Received since then: the parser hands over whole lines, and keeps what it has of one."""
+    _broken = False
+    """What came last is no HTTP, and an answer to what came before it is still to be sent."""
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
+        if self._broken:
+            return
         self._unset_keepalive_if_required()
+        self._progress = False
         try:
             self._feed(data)
-            self._kept_bytes = self._kept_bytes + len(data) if self._in_head else 0
-            if self._kept_bytes > MAX_HEAD_BYTES + READ_BYTES:  # the first read may have held other things
-                raise httptools.HttpParserError("the head is too large")
+            self._kept_bytes = 0 if self._progress else self._kept_bytes + len(data)
+            if self._kept_bytes > MAX_HEAD_BYTES:
+                raise httptools.HttpParserError("a line without an end")
         except httptools.HttpParserError:
-            self.logger.warning("Invalid HTTP request received.")
+            self.logger.debug("Invalid HTTP request received.")
             self.send_400_response("")
 
     def _feed(self, data: bytes) -> None:
@@ -64,6 +71,7 @@ class HTTPProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Called by the parser: a head begins."""
         self._head_bytes = 0
+        self._in_trailers = False
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -72,9 +80,10 @@ class HTTPProtocol(HttpToolsProtocol):
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Called by the parser: one header has come."""
+        """Called by the parser: one header has come, or a trailer, which must not pass for one."""
         self._count(len(name) + len(value))
-        super().on_header(name, value)
+        if not self._in_trailers:
+            super().on_header(name, value)
 
     def _count(self, size: int) -> None:
         self._head_bytes += size
@@ -83,8 +92,9 @@ class HTTPProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Called by the parser: the head is whole."""
-        self._in_head = False
-        self._kept_bytes = 0
+        self._progress = self._in_trailers = True
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise ValueError("too many requests that do not wait for their answers")
         if self.parser.get_method() == b"CONNECT":
             raise ValueError("this is no proxy")
         if not self.parser.should_upgrade():  # else the same head comes once more, without the offer
@@ -92,12 +102,30 @@ class HTTPProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Called by the parser: the request is whole."""
-        self._in_head = True
+        self._progress = True
         if not self.parser.should_upgrade():
             super().on_message_complete()
 
+    def on_body(self, body: bytes) -> None:
+        """Called by the parser: part of the body has come."""
+        self._progress = True
+        super().on_body(body)
+
+    def on_response_complete(self) -> None:
+        """Called when an answer has been sent."""
+        if self._broken:
+            self.transport.close()
+        else:
+            super().on_response_complete()
+
     def send_400_response(self, _msg: str) -> None:
         """Answer what is no HTTP, in our envelope, and hang up."""
+        cycle = self.cycle
+        if self.pipeline or (cycle is not None and not cycle.response_complete and not cycle.more_body):
+            # The next answer on this connection belongs to a request before: it shall have it, and nothing follows.
+            self._broken = True
+            self.pipeline.clear()
+            return
         error = InvalidRequestError(
             "The request is not valid HTTP: its request line, its headers or the framing of its body cannot be read, "
             f"or the line and headers together are longer than {MAX_HEAD_BYTES} bytes."

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from embedserve.server.auth import Authenticator
-from embedserve.server.client import BrokerClient, NotFiniteError, Result, RunError, Texts
+from embedserve.server.client import BrokerClient, EngineClient, NotFiniteError, Result, RunError, Texts
 from embedserve.server.config import ServerConfig
 from embedserve.server.encode import embedding_response
 from embedserve.server.errors import (
@@ -47,6 +47,7 @@ class Endpoints:
         self._config = config
         self._models = models
         self._client = client
+        self._engine: EngineClient = client
         self._tokenizers = tokenizers
         self._vocabulary = vocabulary
         self._authenticator = Authenticator(config.keys)
@@ -145,7 +146,7 @@ class Endpoints:
 
     async def _run(self, wanted: EmbeddingRequest, texts: Texts, exchange: Exchange) -> Result:
         try:
-            return await self._client.run(wanted.model.id, texts, dimensions=wanted.dimensions)
+            return await self._engine.run(wanted.model.id, texts, dimensions=wanted.dimensions)
         except NotFiniteError as error:
             message = f"The model gave no finite vector for input[{error.index}]."
             raise InternalError(exchange.id, message) from None

@@ -280,7 +280,7 @@ def _pick_dtype(asked: str, device: torch.device) -> torch.dtype:
 def _set_threads(asked: int | None) -> int:
     if asked is not None and asked < 1:
         raise DeviceError(f"threads {asked}: expected at least 1")
-    count = asked if asked is not None else len(cpu_threads.available_cores())
+    count = asked if asked is not None else cpu_threads.default_count()
     torch.set_num_threads(count)
     return count
 

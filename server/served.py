@@ -45,8 +45,7 @@ class ServedModel:
     @property
     def default_prompt(self) -> str:
         """What is put before a text when a request does not say: nothing, unless the model's files say so."""
-        name = self.config.default_prompt_name
-        return self.config.prompts[name] if name is not None else ""
+        return self.config.default_prompt
 
     @property
     def dimensions(self) -> int:
@@ -88,6 +87,8 @@ def find_models(config: ServerConfig) -> ServedModels:
     models = []
     for argument in config.model:
         name, folder = _locate(argument, config.models_dir)
+        if not (name.isascii() and name.isprintable()):
+            raise ConfigError(f"--model: {name!r} cannot be an id, which goes into headers: use ASCII, NAME=FOLDER")
         model_config = catalog.configure(folder, name)
         entry = catalog.find(name)
         models.append(

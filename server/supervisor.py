@@ -21,7 +21,7 @@ from typing import NoReturn
 from embedserve.models.errors import ModelError
 from embedserve.server import broker, front_end
 from embedserve.server.config import ConfigError, ServerConfig
-from embedserve.server.process import BEAT_SECONDS, Liveness, become_child, run
+from embedserve.server.process import BEAT_SECONDS, STOP_SIGNALS, Liveness, become_child, run
 from embedserve.server.served import ServedModels, find_models
 from embedserve.server.token_arrays import find_vocabulary
 
@@ -32,10 +32,11 @@ log = logging.getLogger("embedserve.supervisor")
 FROZEN_AFTER = 10
 """Beats in a row that may stay away. Counted in our own ticks, so that a pause of the whole machine accuses nobody."""
 
+UNBORN_AFTER = 240
+"""The same before the first beat, which an engine gives once torch is imported."""
+
 MAX_BACK_OFF = 30.0
 """Seconds between the ends and the starts of a process that does not stay up."""
-
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 STEADY_AFTER = 60.0
 """Seconds after which a process counts as steady: the next restart is at once again."""
@@ -68,7 +69,7 @@ class Supervisor:
         self._models = models
         self._listener = listener
         # Abstract: no file to leave behind. The name is random, and the broker asks the kernel who connects.
-        self._broker_address = f"\0embedserve-{secrets.token_hex(16)}"
+        self._broker_address = f"\0embedserve-{os.getpid()}-{secrets.token_hex(16)}"
         self._broker_listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._broker_listener.bind(self._broker_address)
         self._broker_listener.listen(128)
@@ -124,7 +125,7 @@ class Supervisor:
         for end in (wake, woken):
             end.setblocking(False)
         signal.set_wakeup_fd(woken.fileno())
-        for number in _STOP_SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, self._on_stop_signal)
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)  # so that it wakes us
         self._selector.register(wake, selectors.EVENT_READ)
@@ -172,9 +173,9 @@ class Supervisor:
 
     def _tick(self) -> None:
         for child in self._children:
-            if child.pid and child.beating:
+            if child.pid:
                 child.missed += 1
-                if child.missed > FROZEN_AFTER:
+                if child.missed > (FROZEN_AFTER if child.beating else UNBORN_AFTER):
                     log.error("a process is frozen: killing it", extra={"role": child.name, "pid": child.pid})
                     os.kill(child.pid, signal.SIGKILL)
                     child.missed = 0
@@ -191,16 +192,23 @@ class Supervisor:
                 self._start(child)
 
     def _start(self, child: _Child) -> None:
-        ours, theirs = socket.socketpair()
         parent = os.getpid()
         sys.stdout.flush()
         sys.stderr.flush()
         # A signal between the fork and `become_child` would run our handler in the child.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-        pid = os.fork()
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            ours, theirs = socket.socketpair()
+            pid = os.fork()
+        except OSError as error:  # no memory, no process, no file descriptor left: perhaps later
+            child.failures += 1
+            child.start_at = time.monotonic() + max(1.0, _back_off(child.failures))
+            log.error("a process cannot be started", extra={"role": child.name, "reason": error.strerror})
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+            return
         if pid == 0:
             self._be(child, theirs, parent)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         theirs.close()
         ours.setblocking(False)
         child.pid, child.channel = pid, ours
@@ -213,8 +221,7 @@ class Supervisor:
         status = 1
         alive = Liveness(channel)
         try:
-            become_child(f"es {child.name}", parent)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+            become_child(f"es {child.name}", parent, finishes=child.name == "front end")
             self._selector.close()
             for other in self._children:
                 if other.channel is not None:
@@ -261,7 +268,7 @@ class Supervisor:
                 log.error("%s", rest, extra={"role": child.name})
 
     def _announce(self) -> None:
-        if not self._announced and all(child.ready for child in self._children):
+        if not self._announced and not self._stopping and all(child.ready for child in self._children):
             self._announced = True
             print(f"embedserve: ready on {_url(self._listener)}", flush=True)
 
@@ -290,7 +297,7 @@ class Supervisor:
         if self._stopping and child.name == "front end":
             return
         child.failures += 1
-        delay = 0.0 if child.failures == 1 else min(MAX_BACK_OFF, 2.0 ** (child.failures - 2))
+        delay = _back_off(child.failures)
         child.start_at = time.monotonic() + delay
         reason = f"signal {-exit_code}" if exit_code < 0 else f"status {exit_code}"
         log.error(
@@ -304,6 +311,11 @@ class Supervisor:
                 os.kill(child.pid, signal.SIGKILL)
                 os.waitpid(child.pid, 0)
                 child.pid = 0
+
+
+def _back_off(failures: int) -> float:
+    """Seconds to wait before the next start: none after the first failure, then 1, 2, 4 … up to `MAX_BACK_OFF`."""
+    return 0.0 if failures == 1 else min(MAX_BACK_OFF, 2.0 ** min(failures - 2, 10))
 
 
 def _share_cores(devices: list[str]) -> list[set[int]]:
@@ -328,7 +340,9 @@ def _listen(config: ServerConfig) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
+        # `::` means every address, and a user of it expects IPv4 too.
+        both = family == socket.AF_INET6 and config.host == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server(address[:2], family=family, backlog=2048, dualstack_ipv6=both)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(

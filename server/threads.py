@@ -5,6 +5,7 @@ Import this before torch: libgomp reads its settings when it is loaded.
 
 import os
 import threading
+from pathlib import Path
 
 # By default a thread that waits for the others at the end of a parallel region spins for milliseconds; when anything
 # else wants its core (a front end, the broker), it keeps the very thread it waits for from running, at every one of the
@@ -12,12 +13,23 @@ import threading
 # with this bound; alone 2.6 and 2.8. (OMP_WAIT_POLICY=passive: 5.7 alone.)
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-__all__ = ["available_cores", "pin"]
+__all__ = ["available_cores", "default_count", "pin"]
 
 
 def available_cores() -> list[int]:
-    """The cores that this process may use: in a container fewer than os.cpu_count() says."""
+    """The cores that this process may be put on."""
     return sorted(os.sched_getaffinity(0))
+
+
+def default_count() -> int:
+    """As many threads as there are cores, or as a container's quota is worth, which `available_cores` does not show."""
+    cores = len(available_cores())
+    try:
+        # cgroup v2: microseconds of CPU in a period, or "max".
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
 def pin() -> bool:

@@ -52,6 +52,11 @@ SLICE_CHARACTERS = 32_768
 INLINE_CHARACTERS = 2048
 
 
+# The library needs up to 500 bytes and 1.3 us for a character, and cannot be interrupted. Texts of up to this many
+# characters are tokenised whole where their beginning does not do; longer ones are not.
+MAX_WHOLE_CHARACTERS = 1_000_000
+
+
 class TokenizerError(Exception):
     """What this module raises."""
 
@@ -205,6 +210,11 @@ class Tokenizer:
             first = self._prefix.first_ids(text, room + 1)
             if first is not None:
                 return self._leading + first + self._trailing
+        if len(text) > MAX_WHOLE_CHARACTERS:
+            raise ValueError(
+                f"it has {len(text)} characters and, as it is made or as it is to be cut, would have to be read whole; "
+                f"that is done up to {MAX_WHOLE_CHARACTERS} (maximum input length is {self.max_tokens} tokens)"
+            )
         return self._ids([text])[0]
 
     def _cut(self, ids: list[int], truncate: Truncate) -> list[int]:
@@ -234,8 +244,9 @@ def _normalizer(
 class TokenizerPool:
     """Tokenises for an event loop without blocking it: short requests at once, others in a few threads, in slices.
 
-    One huge request takes its turns among the others, slice by slice, and stops when its caller is cancelled. Make
-    the pool in the process that uses it: threads do not survive a fork.
+    A request of many texts takes its turns among the others, slice by slice, and stops when its caller is cancelled; a
+    slice, which may be one long text, runs to its end. Make the pool in the process that uses it: threads do not
+    survive a fork.
     """
 
     def __init__(self, threads: int) -> None:

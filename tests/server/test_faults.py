@@ -4,15 +4,19 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import numpy as np
 import psutil
 import pytest
 
+from embedserve.server import supervisor, wire
 from tests.support import MODEL, RunningServer
 
 SECONDS = 30
@@ -28,17 +32,18 @@ def two_front_ends() -> Iterator[RunningServer]:
 class Load:
     """Clients that ask again as soon as they have an answer, until told to stop. Each answer must be right."""
 
-    def __init__(self, url: str, clients: int = 8, texts: int = 24) -> None:
-        self.url = url
-        self.body = {"model": MODEL, "input": [f"text number {i} of a request under load" for i in range(texts)]}
+    def __init__(self, server: RunningServer, clients: int = 8, texts: int = 24) -> None:
+        self.url = server.url
         self.clients = clients
-        self.texts = texts
+        # Each client has texts of its own, and knows their vectors from before the fault.
+        self.texts = [[f"text {i} of the {100 + n}th client under load" for i in range(texts)] for n in range(clients)]
+        self.vectors = [vectors_of(server.embed(texts)) for texts in self.texts]
         self.outcomes: Counter[str] = Counter()
         self.slowest = 0.0
 
     async def __aenter__(self) -> "Load":
         self._stop = asyncio.Event()
-        self._tasks = [asyncio.create_task(self._client()) for _ in range(self.clients)]
+        self._tasks = [asyncio.create_task(self._client(number)) for number in range(self.clients)]
         await asyncio.sleep(0.5)
         return self
 
@@ -46,13 +51,14 @@ class Load:
         self._stop.set()
         await asyncio.wait_for(asyncio.gather(*self._tasks), SECONDS)
 
-    async def _client(self) -> None:
+    async def _client(self, number: int) -> None:
+        body = {"model": MODEL, "input": self.texts[number]}
         while not self._stop.is_set():
             start = time.monotonic()
             # A connection each time: a front end that was killed took its connections with it.
             async with httpx.AsyncClient(timeout=SECONDS) as http:
                 try:
-                    answer = await http.post(f"{self.url}/v1/embeddings", json=self.body)
+                    answer = await http.post(f"{self.url}/v1/embeddings", json=body)
                 except httpx.TimeoutException:
                     raise AssertionError("a request hangs") from None
                 except httpx.TransportError:
@@ -61,13 +67,16 @@ class Load:
             self.slowest = max(self.slowest, time.monotonic() - start)
             self.outcomes[str(answer.status_code)] += 1
             if answer.status_code == 200:
-                data = answer.json()["data"]
-                assert [item["index"] for item in data] == list(range(self.texts))
-                assert all(abs(sum(x * x for x in item["embedding"]) - 1) < 1e-4 for item in data)
+                assert np.abs(vectors_of(answer) - self.vectors[number]).max() < 1e-5
             else:
                 assert answer.status_code == 503, answer.text
                 assert int(answer.headers["retry-after"]) >= 1
                 assert answer.json()["error"]["code"] == "engine_restarting"
+
+
+def vectors_of(answer: httpx.Response) -> np.ndarray:
+    assert answer.status_code == 200, answer.text
+    return np.array([item["embedding"] for item in answer.json()["data"]], dtype=np.float32)
 
 
 async def until_replaced(server: RunningServer, name: str, old: list[int], victim: int) -> None:
@@ -104,7 +113,7 @@ def test_every_request_ends_and_the_server_mends_itself(
     server = two_front_ends
 
     async def story() -> Load:
-        async with Load(server.url) as load:
+        async with Load(server) as load:
             for number in signals:
                 old = [process.pid for process in server.children(name)]
                 victim = old[0]
@@ -228,13 +237,15 @@ def test_a_killed_supervisor_leaves_no_process_and_no_socket(tmp_path: Path) -> 
         _, alive = psutil.wait_procs(family, timeout=10)
         assert not alive
         assert not list(tmp_path.iterdir())
-        assert "embedserve" not in Path("/proc/net/unix").read_text() or other_servers_run()
+        assert not sockets_of(server)
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{server.url}/health", timeout=5)
 
 
-def other_servers_run() -> bool:
-    return any("embedserve.server.cli" in " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"]))
+def sockets_of(server: RunningServer) -> list[str]:
+    """Names of the Unix sockets that this server made."""
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    return [line.split()[-1] for line in lines if f"@embedserve-{server.process.pid}-" in line]
 
 
 def test_a_second_signal_ends_it_at_once() -> None:
@@ -274,14 +285,48 @@ def test_several_engines_share_one_queue() -> None:
         assert all(b > a for a, b in zip(before, after, strict=True)), "both have worked"
 
 
-def test_a_frozen_broker_socket_takes_no_stranger(server: RunningServer) -> None:
-    """The broker's socket has no file whose permissions would guard it, so the broker asks the kernel who connects."""
-    names = [line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines() if "@embedserve-" in line]
-    assert names
-    # As this user, the connection is accepted and a frame that makes no sense ends it.
-    with socket.socket(socket.AF_UNIX) as stranger:
-        stranger.settimeout(10)
-        stranger.connect("\0" + names[0][1:])
-        stranger.sendall(b"\xff" * 64)
-        assert stranger.recv(1) == b""
-    assert server.embed("still there").status_code == 200
+STRANGER = """
+import os, socket, sys
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+with socket.socket(socket.AF_UNIX) as stranger:
+    stranger.settimeout(10)
+    stranger.connect(sys.argv[1].replace("@", chr(0), 1))
+    try:
+        stranger.sendall(bytes.fromhex(sys.argv[2]))
+        print("refused" if stranger.recv(1) == b"" else "answered")
+    except ConnectionError:
+        print("refused")
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_the_broker_takes_no_connection_of_another_user(server: RunningServer) -> None:
+    """Its socket has no file whose permissions would guard it, so the broker asks the kernel who connects."""
+    frames = b"".join(
+        bytes(part)
+        for message in (wire.Hello("front_end", 1), wire.StatusRequest(1))
+        for part in wire.pack_frame(message)
+    )
+
+    def answer(*command: str) -> str:
+        done = subprocess.run(
+            [*command, sockets_of(server)[0], frames.hex()], capture_output=True, text=True, timeout=30, check=True
+        )
+        return done.stdout.strip()
+
+    assert answer(sys.executable, "-c", STRANGER) == "refused"
+    friend = "\n".join(line for line in STRANGER.splitlines() if "setuid" not in line)
+    assert answer(sys.executable, "-c", friend) == "answered"
+
+
+def test_sigterm_before_the_start_is_over_ends_the_server() -> None:
+    for pause in (0.0, 0.005, 0.02, 0.3):
+        with RunningServer(wait=False) as server:
+            time.sleep(pause)
+            assert server.stop(15) == 0
+            assert "Traceback" not in server.log()
+
+
+def test_the_back_off_grows_to_a_bound() -> None:
+    assert [supervisor._back_off(failures) for failures in (1, 2, 3, 4, 5, 6, 7, 8)] == [0, 1, 2, 4, 8, 16, 30, 30]
+    assert supervisor._back_off(100_000) == supervisor.MAX_BACK_OFF
