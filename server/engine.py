@@ -62,15 +62,15 @@ class _Estimate:
     """How long a batch will run, by what a token has cost lately."""
 
     def __init__(self) -> None:
-        self._seconds_per_token = 0.0
+        self._seconds_per_token: float | None = None
 
-    def seconds(self, tokens: int) -> float:
-        return self._seconds_per_token * tokens
+    def seconds(self, tokens: int) -> float | None:
+        """None before the first batch."""
+        return None if self._seconds_per_token is None else self._seconds_per_token * tokens
 
     def learn(self, tokens: int, seconds: float) -> None:
-        sample = seconds / tokens
-        known = self._seconds_per_token
-        self._seconds_per_token = 0.8 * known + 0.2 * sample if known else sample
+        sample, known = seconds / tokens, self._seconds_per_token
+        self._seconds_per_token = sample if known is None else 0.8 * known + 0.2 * sample
 
 
 class Engine:
@@ -114,7 +114,7 @@ class Engine:
         if self._running is None or self._spent:
             return self._spent
         expected = self._estimates[self._running.run.model].seconds(len(self._running.ids))
-        return time.monotonic() - self._running_since > _STUCK_AFTER + 10 * expected
+        return time.monotonic() - self._running_since > _STUCK_AFTER + 10 * (expected or 0.0)
 
     def _on_close(self, connection: wire.FramedConnection) -> None:
         # The broker has put these back into its queue, or has died with it.
@@ -142,7 +142,7 @@ class Engine:
         loop = asyncio.get_running_loop()
         done = loop.run_in_executor(self._device, self._run, batch)
         estimate = self._estimates[batch.run.model].seconds(len(batch.ids))
-        pull = loop.call_later(max(0.0, estimate - _PULL_LEAD), self._pull)
+        pull = None if estimate is None else loop.call_later(max(0.0, estimate - _PULL_LEAD), self._pull)
         done.add_done_callback(lambda future: self._finish(batch, pull, future))
 
     def _run(self, batch: _Batch) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_], float]:
@@ -154,10 +154,11 @@ class Engine:
     def _finish(
         self,
         batch: _Batch,
-        pull: asyncio.TimerHandle,
+        pull: asyncio.TimerHandle | None,
         future: asyncio.Future[tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_], float]],
     ) -> None:
-        pull.cancel()
+        if pull is not None:
+            pull.cancel()
         self._running = None
         answer: wire.BatchDone | wire.BatchFailed
         payload: list[wire.Buffer] = []

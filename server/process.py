@@ -30,8 +30,8 @@ def become_child(name: str, parent: int, *, finishes: bool) -> None:
     """The first thing a forked process does, with the stop signals blocked.
 
     `name` (15 bytes at most) is what `ps` and `top` show. A process that `finishes` what it does on SIGTERM gets the
-    signal when it calls `on_sigterm`, even if it came before; the others wait for the supervisor to end them. Ctrl-C and
-    a hang-up reach every process of a terminal; only the supervisor acts on them.
+    signal when it calls `on_sigterm`, even if it came before; the others wait for the supervisor to end them. Ctrl-C
+    and a hang-up reach every process of a terminal; only the supervisor acts on them.
     """
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)

@@ -130,6 +130,7 @@ class Supervisor:
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)  # so that it wakes us
         self._selector.register(wake, selectors.EVENT_READ)
 
+        print(f"embedserve: listening on {_url(self._listener)}", flush=True)
         next_tick = time.monotonic() + BEAT_SECONDS
         while self._fatal is None and not self._ended():
             self._start_due()
@@ -367,7 +368,6 @@ def serve(config: ServerConfig) -> int:
         find_vocabulary(config.cl100k_file)  # a wrong file shall show now, not in some request
     if not config.keys and not _is_loopback(listener):
         log.warning("the server is open to the network: no --api-key is set")
-    print(f"embedserve: listening on {_url(listener)}", flush=True)
     for model in models:
         facts = {"model": model.id, "max_tokens": model.config.max_tokens}
         facts |= {"pooling": model.config.pooling, "normalize": model.config.normalize}
