@@ -24,15 +24,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# First, for it sets how OpenMP's threads wait before torch is loaded.
-from embedserve.server.runner import Runner  # isort: skip
-
 import numpy as np
-import torch
 
 from benchmarks.texts import texts_of, vocabulary
 from embedserve.models.catalog import configure, locate
+from embedserve.server import threads
 from embedserve.server.tokenizer import Tokenizer, Truncate
+
+threads.set_patience()  # before torch is loaded
+import torch  # noqa: E402
+
+from embedserve.server.runner import Runner  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "engine.jsonl"
 COUNTS = {"short": 384, "mixed": 96, "long": 48}

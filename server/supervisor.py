@@ -19,7 +19,7 @@ from functools import partial
 from typing import NoReturn
 
 from embedserve.models.errors import ModelError
-from embedserve.server import broker, front_end
+from embedserve.server import broker, front_end, threads
 from embedserve.server.config import ConfigError, ServerConfig
 from embedserve.server.process import BEAT_SECONDS, STOP_SIGNALS, Liveness, become_child, run
 from embedserve.server.served import ServedModels, find_models
@@ -101,6 +101,7 @@ class Supervisor:
         self._listener.close()
         self._broker_listener.close()
         os.sched_setaffinity(0, cores)
+        threads.set_patience(pinned=threads.can_pin(self._config.threads or threads.default_count()))
         from embedserve.server import engine  # brings torch, which no other process shall have
 
         config = self._config

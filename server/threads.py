@@ -1,19 +1,22 @@
-"""The CPU threads of an engine: how many, on which cores, how they wait for each other.
-
-Import this before torch: libgomp reads its settings when it is loaded.
-"""
+"""The CPU threads of an engine: how many, on which cores, how they wait for each other."""
 
 import os
 import threading
 from pathlib import Path
 
-# By default a thread that waits for the others at the end of a parallel region spins for milliseconds; when anything
-# else wants its core (a front end, the broker), it keeps the very thread it waits for from running, at every one of the
-# hundred regions of a forward pass. Measured on two cores beside one busy process: 16 tokens in 667 ms by default, 7.3
-# with this bound; alone 2.6 and 2.8. (OMP_WAIT_POLICY=passive: 5.7 alone.)
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+__all__ = ["available_cores", "can_pin", "default_count", "pin", "set_patience"]
 
-__all__ = ["available_cores", "default_count", "pin"]
+
+def set_patience(*, pinned: bool = False) -> None:
+    """Say for how long a thread that waits for the others spins before it sleeps. Before torch, and libgomp, is loaded.
+
+    By default it is milliseconds. When anything else wants a core (a front end, the broker), such a thread may keep the
+    very one it waits for from running, at every one of the hundred regions of a forward pass: 16 tokens took 667 ms
+    beside one busy process on two cores, 7.3 with a bound of 1000 turns (2.6 and 2.8 alone; OMP_WAIT_POLICY=passive:
+    5.7 alone). Threads that are pinned are never in each other's way, and gain from waiting longer: 3.6 ms beside the
+    busy process with 20,000 turns, 7.1 with 1000.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000" if pinned else "1000")
 
 
 def available_cores() -> list[int]:
@@ -32,6 +35,14 @@ def default_count() -> int:
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
+def can_pin(count: int) -> bool:
+    """Whether there are as many threads as cores, so that nothing is lost by giving each a core of its own.
+
+    With fewer, the kernel may know a core that is less busy.
+    """
+    return count > 1 and count == len(available_cores())
+
+
 def pin() -> bool:
     """Give the calling thread and each of its OpenMP workers a core of its own. Whether it was done.
 
@@ -39,13 +50,12 @@ def pin() -> bool:
     away; meanwhile both share one core. Measured on two cores, 16 tokens after a pause of 20 ms: 8.0 ms as it comes,
     3.6 pinned.
 
-    Only where there are as many threads as cores, so that nothing is lost by it: with fewer, the kernel may know a core
-    that is less busy. Call it before the thread's first parallel operation, which starts the workers.
+    Only where `can_pin`. Call it before the thread's first parallel operation, which starts the workers.
     """
     import torch
 
     cores = available_cores()
-    if len(cores) < 2 or torch.get_num_threads() != len(cores):
+    if not can_pin(torch.get_num_threads()):
         return False
     before = _threads()
     torch.ones(1 << 20).add_(1.0)  # large enough to be shared out among all workers

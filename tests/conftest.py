@@ -2,7 +2,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from embedserve.server import threads
 from tests.support import RunningServer
+
+threads.set_patience()  # before a test imports torch: the cores are shared with the servers that the tests start
 
 
 @pytest.fixture(scope="session")

@@ -275,9 +275,24 @@ def test_only_the_engine_has_torch(server: RunningServer) -> None:
     assert not has_torch(psutil.Process(server.process.pid))
 
 
+def test_the_engine_s_threads_have_a_core_each(server: RunningServer) -> None:
+    cores = os.sched_getaffinity(0)
+    if len(cores) == 1:
+        pytest.skip("there is one core")
+    engine = server.children("engine")[0]
+    places = [os.sched_getaffinity(thread.id) for thread in engine.threads()]
+    assert {core for place in places if len(place) == 1 for core in place} == cores
+    assert os.sched_getaffinity(engine.pid) == cores, "the thread that speaks with the broker goes where there is room"
+
+
 def test_several_engines_share_one_queue() -> None:
     with RunningServer("--device", "cpu,cpu", "--threads", "1", "--rate-limit", "0") as server:
-        assert len(server.children("engine")) == 2
+        engines = server.children("engine")
+        assert len(engines) == 2
+        if len(cores := os.sched_getaffinity(0)) > 1:
+            shares = [os.sched_getaffinity(engine.pid) for engine in engines]
+            assert shares[0] | shares[1] == cores
+            assert not shares[0] & shares[1]
         before = [process.cpu_times().user for process in server.children("engine")]
         answer = server.embed([f"text number {i} for whichever engine is free" for i in range(800)])
         assert answer.status_code == 200

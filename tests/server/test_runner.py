@@ -250,17 +250,19 @@ def test_an_unknown_backend_is_refused(folder: Path) -> None:
         Runner.load(folder, device="cpu", backend="onnxx")
 
 
-def test_the_engine_bounds_the_spinning_of_openmp_threads() -> None:
+@pytest.mark.parametrize(("pinned", "turns"), [(False, "1000"), (True, "20000")])
+def test_waiting_threads_spin_for_a_bounded_time(pinned: bool, turns: str) -> None:
     # libgomp prints its settings when it is loaded.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP", "GOMP"))}
+    code = f"from embedserve.server import threads; threads.set_patience(pinned={pinned}); import torch"
     done = subprocess.run(
-        [sys.executable, "-c", "import embedserve.server.runner"],
+        [sys.executable, "-c", code],
         env={**environment, "PYTHONPATH": ".typing", "OMP_DISPLAY_ENV": "verbose"},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert "GOMP_SPINCOUNT = '1000'" in done.stderr
+    assert f"GOMP_SPINCOUNT = '{turns}'" in done.stderr
 
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
