@@ -1,0 +1,111 @@
+"""What do the README's figures say? Made from the newest run in benchmarks/results, not typed.
+
+python -m benchmarks.figures            prints the section
+python -m benchmarks.figures --write    puts it into README.md, between its two marks
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- figures: python -m benchmarks.figures --write -->\n", "<!-- end of figures -->\n"
+
+KINDS = {"short": "4 to 16 words", "mixed": "4 to 230 words", "long": "180 to 240 words"}
+PEER = "sentence-transformers"
+
+
+def latest(file: str, key: str) -> dict[str, dict[str, Any]]:
+    """The last line of each kind (`key`) in a results file."""
+    lines = [json.loads(line) for line in (RESULTS / file).read_text(encoding="utf-8").splitlines()]
+    return {line[key]: line for line in lines}
+
+
+def number(value: float) -> str:
+    """Three digits or so."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def ranged(figure: dict[str, float], digits: int = 2) -> str:
+    """A ratio with its spread."""
+    return f"{figure['median']:.{digits}f}× ({figure['lowest']:.{digits}f} to {figure['highest']:.{digits}f})"
+
+
+def _times(line: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """How many times better we are than each party."""
+    return {name.removeprefix("embedserve / "): times for name, times in line["times_better"].items()}
+
+
+def section() -> str:
+    """The Markdown between the marks."""
+    engine, http = latest("engine.jsonl", "texts"), latest("http.jsonl", "scenario")
+    machine = engine["mixed"]["machine"]
+    rows = [
+        f"all-MiniLM-L6-v2, float32, {machine['cores']} cores of an {machine['cpu']} ({machine['cpu_capability']}), "
+        f"torch {machine['torch']}, {machine['date']}. Medians of alternating rounds in one run; in brackets the "
+        "lowest and the highest. A shared machine: the ratios mean more than the figures.",
+        "",
+        f"In process, against {PEER} {machine[PEER]} at the best of three batch sizes:",
+        "",
+        f"| Texts | embedserve, tokens/s | {PEER} | ratio |",
+        "|---|---|---|---|",
+    ]
+    for kind, words in KINDS.items():
+        line = engine[kind]
+        rates = line["tokens_per_second"]
+        rows.append(
+            f"| {kind}, {words} | {number(rates['engine']['median'])} | "
+            f"{number(rates[line['best_reference']]['median'])} | {ranged(line['engine_times_reference'])} |"
+        )
+    one = engine["one"]
+    times = one["milliseconds"]
+    rows += [
+        f"| one text of 16 tokens | {number(times['engine']['median'])} ms | "
+        f"{number(times[one['best_reference']]['median'])} ms | {ranged(one['engine_times_reference'])} |",
+        "",
+        f"Over HTTP (base64), against {PEER} in process and Infinity over HTTP:",
+        "",
+    ]
+    parties = [name for name in http["short"]["parties"] if name != "embedserve"]
+    rows += [
+        f"| Load | embedserve | {' | '.join(f'times {name}' for name in parties)} |",
+        "|---|---|" + "---|" * len(parties),
+    ]
+    loads = {
+        "short": "4 clients × 32 short texts",
+        "mixed": "4 clients × 32 mixed texts",
+        "long": "4 clients × 8 long texts",
+        "single": "8 clients × 1 short text",
+        "one": "1 client, 1 text of 16 tokens, now and then",
+        "open": "Poisson arrivals at 80 % of what each server reached",
+    }
+    for scenario, load in loads.items():
+        line = http[scenario]
+        ours = line["parties"]["embedserve"]
+        if scenario in ("one", "open"):
+            shown = f"{number(ours['p50_ms']['median'])} ms (p99 {number(ours['p99_ms']['median'])} ms)"
+        else:
+            shown = f"{number(ours['texts_per_second']['median'])} texts/s"
+        ratios = [ranged(times[name]) if (times := _times(line)).get(name) else "–" for name in parties]
+        rows.append(f"| {load} | {shown} | {' | '.join(ratios)} |")
+    return "\n".join([*rows, ""])
+
+
+def main() -> None:
+    """Print or write the section."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--write", action="store_true", help="into README.md")
+    if not parser.parse_args().write:
+        print(section())
+        return
+    text = README.read_text(encoding="utf-8")
+    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    README.write_text(text[:start] + section() + text[end:], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
