@@ -1,7 +1,6 @@
-"""What do the README's figures say? Made from the newest run in benchmarks/results, not typed.
+"""What do the figures in README.md and docs/benchmarks.md say? Made from the newest results, not typed.
 
-python -m benchmarks.figures            prints the section
-python -m benchmarks.figures --write    puts it into README.md, between its two marks
+`python -m benchmarks.figures` prints the two sections; with `--write` they go into the two files, between their marks.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
+PROJECT = Path(__file__).parents[1]
 BEGIN, END = "<!-- figures: python -m benchmarks.figures --write -->\n", "<!-- end of figures -->\n"
 
 KINDS = {"short": "4 to 16 words", "mixed": "4 to 230 words", "long": "180 to 240 words"}
@@ -40,8 +39,39 @@ def _times(line: dict[str, Any]) -> dict[str, dict[str, float]]:
     return {name.removeprefix("embedserve / "): times for name, times in line["times_better"].items()}
 
 
-def section() -> str:
-    """The Markdown between the marks."""
+INFINITY = "infinity"
+TARGETS = (
+    ("4 clients × 32 short texts", "short", PEER, 1.25),
+    ("4 clients × 32 mixed texts", "mixed", PEER, 2.0),
+    ("4 clients × 8 long texts", "long", PEER, 1.2),
+    ("4 clients × 32 short texts", "short", INFINITY, 2.0),
+    ("4 clients × 32 mixed texts", "mixed", INFINITY, 5.0),
+    ("8 clients × 1 short text", "single", INFINITY, 5.0),
+)
+"""Load, scenario, peer, times better that we want to be. Of several settings of the peer the best one counts."""
+
+IDLE_MS = 8.0
+"""Median of one text of 16 tokens on an idle server, at most."""
+
+
+def targets() -> str:
+    """The table of docs/benchmarks.md."""
+    http = latest("http.jsonl", "scenario")
+    rows = ["| Load over HTTP | against | target | measured | |", "|---|---|---|---|---|"]
+    for load, scenario, peer, wanted in TARGETS:
+        named = {name: times for name, times in _times(http[scenario]).items() if name.startswith(peer)}
+        best = min(named, key=lambda name: named[name]["median"])
+        verdict = "met" if named[best]["median"] >= wanted else "**missed**"
+        rows.append(f"| {load} | {best} | ≥ {wanted:g}× | {ranged(named[best])} | {verdict} |")
+    idle = http["one"]["parties"]["embedserve"]["p50_ms"]
+    verdict = "met" if idle["median"] <= IDLE_MS else "**missed**"
+    shown = f"{idle['median']:.1f} ms ({idle['lowest']:.1f} to {idle['highest']:.1f})"
+    rows.append(f"| 1 text of 16 tokens, the server idle | – | ≤ {IDLE_MS:g} ms | {shown} | {verdict} |")
+    return "\n".join([*rows, ""])
+
+
+def readme() -> str:
+    """The section of README.md."""
     engine, http = latest("engine.jsonl", "texts"), latest("http.jsonl", "scenario")
     machine = engine["mixed"]["machine"]
     rows = [
@@ -95,16 +125,26 @@ def section() -> str:
     return "\n".join([*rows, ""])
 
 
-def main() -> None:
-    """Print or write the section."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--write", action="store_true", help="into README.md")
-    if not parser.parse_args().write:
-        print(section())
-        return
-    text = README.read_text(encoding="utf-8")
+SECTIONS = {"README.md": readme, "docs/benchmarks.md": targets}
+
+
+def replaced(text: str, section: str) -> str:
+    """`text` with another section between its marks."""
     start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    README.write_text(text[:start] + section() + text[end:], encoding="utf-8")
+    return text[:start] + section + text[end:]
+
+
+def main() -> None:
+    """Print or write the sections."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--write", action="store_true", help="into README.md and docs/benchmarks.md")
+    write = parser.parse_args().write
+    for file, section in SECTIONS.items():
+        if write:
+            path = PROJECT / file
+            path.write_text(replaced(path.read_text(encoding="utf-8"), section()), encoding="utf-8")
+        else:
+            print(section())
 
 
 if __name__ == "__main__":

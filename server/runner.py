@@ -105,7 +105,8 @@ class Runner:
         place = _pick_device(device)
         kind = _pick_dtype(dtype, place)
         count = _set_threads(threads)
-        if pin and place.type == "cpu" and cpu_threads.pin():
+        # Large enough an operation to be shared out among all workers.
+        if pin and place.type == "cpu" and cpu_threads.pin(count, lambda: torch.ones(1 << 20).add_(1.0)):
             progress(f"{count} threads, each on a core of its own")
         if config is None:
             config = read_config(folder)

@@ -1,7 +1,8 @@
-"""The CPU threads of an engine: how many, on which cores, how they wait for each other."""
+"""The CPU threads of an engine: how many, on which cores, how they wait for each other. No torch: see `set_patience`."""
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 __all__ = ["available_cores", "can_pin", "default_count", "pin", "set_patience"]
@@ -43,26 +44,24 @@ def can_pin(count: int) -> bool:
     return count > 1 and count == len(available_cores())
 
 
-def pin() -> bool:
-    """Give the calling thread and each of its OpenMP workers a core of its own. Whether it was done.
+def pin(count: int, start_workers: Callable[[], object]) -> bool:
+    """Give the calling thread and each of its OpenMP workers, `count` in all, a core of its own. Whether it was done.
 
     Left to itself, the kernel wakes a worker on the core of the thread that wakes it, and takes milliseconds to move it
     away; meanwhile both share one core. Measured on two cores, 16 tokens after a pause of 20 ms: 8.0 ms as it comes,
     3.6 pinned.
 
-    Only where `can_pin`. Call it before the thread's first parallel operation, which starts the workers.
+    Only where `can_pin`. `start_workers` is the calling thread's first parallel operation: what it starts are the
+    workers.
     """
-    import torch
-
-    cores = available_cores()
-    if not can_pin(torch.get_num_threads()):
+    if not can_pin(count):
         return False
     before = _threads()
-    torch.ones(1 << 20).add_(1.0)  # large enough to be shared out among all workers
+    start_workers()
     workers = sorted(_threads() - before)
-    if len(workers) != len(cores) - 1:
+    if len(workers) != count - 1:
         return False  # another OpenMP than libgomp, or one that had its workers before
-    for thread, core in zip([threading.get_native_id(), *workers], cores, strict=True):
+    for thread, core in zip([threading.get_native_id(), *workers], available_cores(), strict=True):
         os.sched_setaffinity(thread, {core})
     return True
 
