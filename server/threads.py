@@ -1,4 +1,4 @@
-"""The CPU threads of an engine: how many, on which cores, how they wait for each other. No torch: see `set_patience`."""
+"""The CPU threads of an engine: how many, on which cores, how they wait. Imports no torch: see `set_patience`."""
 
 import os
 import threading
