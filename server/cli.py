@@ -38,7 +38,7 @@ environment, the environment over the file. Only the file has tables for single 
   price = 0.02              # per million tokens, shown in /v1/embedding-models
   currency = "USD"
 
-SIGTERM and Ctrl-C end the server once the requests in flight are answered; a second one ends it at once.
+SIGTERM, SIGHUP and Ctrl-C end the server once the requests in flight are answered; a second one ends it at once.
 """
 
 
@@ -86,7 +86,9 @@ def _version() -> str:
 
 
 def _table(settings: config.ServerConfig) -> str:
-    """The catalogue: a line a model, and whether its files are here."""
+    """The catalogue: a line a model, and whether its files are here. Raises `ConfigError`."""
+    if settings.models_dir is not None and not settings.models_dir.is_dir():
+        raise ConfigError(f"--models-dir: there is no folder {settings.models_dir}")
     rows = [("MODEL", "DIMENSIONS", "MAX TOKENS", "LANGUAGES", "LICENCE", "FILES")]
     for entry in catalog.CATALOG:
         try:

@@ -71,16 +71,6 @@ def _whole(minimum: int, maximum: int) -> Callable[[Value], int]:
     return parse
 
 
-def _seconds(value: Value) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = -1.0
-    if isinstance(value, bool) or not 0 <= number <= 86400:
-        raise ValueError("a number of seconds")
-    return number
-
-
 def _choice(*choices: str) -> Callable[[Value], str]:
     def parse(value: Value) -> str:
         if value not in choices:
@@ -191,8 +181,8 @@ class ServerConfig:
     front_ends: int = _option(
         0, _whole(0, 256), "HTTP processes; 0 chooses: 1 on a CPU, one for each 4 cores beside a GPU", metavar="N"
     )
-    shutdown_seconds: float = _option(
-        30.0, _seconds, "how long requests in flight may take to finish at the end", metavar="SECONDS"
+    shutdown_seconds: int = _option(
+        30, _whole(1, 86400), "how long requests in flight may take to finish at the end", metavar="SECONDS"
     )
     api_key: tuple[APIKey, ...] = _option(
         (),

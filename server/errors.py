@@ -182,6 +182,7 @@ class OverloadedError(APIError):
     MESSAGES: ClassVar = {
         "overloaded": "The server is overloaded: its queue is full. Please try again later.",
         "model_loading": "The model is still being loaded. Please try again later.",
+        "shutting_down": "The server is shutting down. Please try again later.",
         "engine_restarting": "The engine that runs this model is being restarted. Please try again later.",
     }
 

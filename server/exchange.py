@@ -22,6 +22,7 @@ from embedserve.server.errors import (
     ContentEncodingError,
     InternalError,
     InvalidRequestError,
+    OverloadedError,
 )
 from embedserve.server.wire import Charged, RequestReport
 
@@ -163,12 +164,20 @@ class ExchangeMiddleware:
                 exchange.status = message["status"]
                 headers = MutableHeaders(raw=message["headers"])
                 headers.update(exchange.headers())
+                if exchange.status >= 400 and "expect" in Headers(scope=scope):
+                    # The client waits with its body for a word that it does not get: what it sends next is no body.
+                    headers["connection"] = "close"
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_headers)
         except ClientGoneError:
             exchange.status, exchange.code = 499, "client_gone"
+        except asyncio.CancelledError:
+            # The server is being stopped, and the time for requests in flight is over.
+            if exchange.status:
+                raise
+            await error_response(exchange, OverloadedError("shutting_down"))(scope, receive, send_with_headers)
         except Exception:
             log.exception("a request failed", extra={"id": exchange.id})
             if exchange.status:

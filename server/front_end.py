@@ -59,7 +59,7 @@ async def serve(
             # uvicorn would believe any process of this host; `limits.client_address` believes whom the operator names.
             proxy_headers=False,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=max(1, round(config.shutdown_seconds)),
+            timeout_graceful_shutdown=config.shutdown_seconds,
         )
     )
     beats = asyncio.create_task(_beat(server, alive))

@@ -60,9 +60,12 @@ class ServedModels:
         """Raises `ConfigError` where two models have the same id."""
         self._models = tuple(models)
         self._by_name: dict[str, ServedModel] = {}
+        short_names = [name.lower() for model in models for name in set(model.names)]
         for model in models:
             for name in model.names:
-                self._by_name.setdefault(name.lower(), model)
+                # What two models could be called means neither: a guess would give vectors of the wrong one.
+                if short_names.count(name.lower()) == 1:
+                    self._by_name[name.lower()] = model
         ids = [model.id.lower() for model in models]
         for model in models:
             if ids.count(model.id.lower()) > 1:

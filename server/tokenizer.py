@@ -161,6 +161,11 @@ class Tokenizer:
             definition = json.loads(content)
             definition["normalizer"] = _normalizer(definition.get("normalizer"), lower_case, bert_normalizer)
             rust = tokenizers.Tokenizer.from_str(json.dumps(definition))
+        except FileNotFoundError as error:
+            remedy = (
+                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers makes it from others"
+            )
+            raise TokenizerFileError(path, f"No such file; {remedy}") from error
         except OSError as error:
             raise TokenizerFileError(path, error.strerror or str(error)) from error
         except Exception as error:  # the library raises plain Exception for whatever it dislikes
@@ -212,8 +217,8 @@ class Tokenizer:
                 return self._leading + first + self._trailing
         if len(text) > MAX_WHOLE_CHARACTERS:
             raise ValueError(
-                f"it has {len(text)} characters and, as it is made or as it is to be cut, would have to be read whole; "
-                f"that is done up to {MAX_WHOLE_CHARACTERS} (maximum input length is {self.max_tokens} tokens)"
+                f"it has {len(text)} characters and would have to be read whole, because it has no word breaks to cut "
+                f"at or because its start is to be dropped; that is done up to {MAX_WHOLE_CHARACTERS} characters"
             )
         return self._ids([text])[0]
 

@@ -426,6 +426,22 @@ def test_a_body_of_millions_of_values_is_refused_unread(http: httpx.Client) -> N
     assert "values" in envelope(http.post("/v1/embeddings", content=body), 400)["message"]
 
 
+def test_a_text_of_millions_of_commas_is_one_value(http: httpx.Client) -> None:
+    texts = json.dumps({"model": MODEL, "input": 'ab, [c] , {"d"} \\, ' * 400_000, "truncate": "END"})
+    answer = http.post("/v1/embeddings", content=texts.encode())
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-truncated-inputs"] == "1"
+
+
+def test_a_client_that_waits_to_send_its_body_is_told_to_hang_up(server: RunningServer) -> None:
+    with Connection(server.url) as connection:
+        connection.send(http_request(headers={"expect": "100-continue", "content-length": "99999999"}))
+        answer = connection.answer()
+        assert answer.status_code == 413
+        assert answer.headers["connection"] == "close"
+        assert connection.ends()
+
+
 def test_a_trailer_is_no_header_and_has_its_bound(server: RunningServer) -> None:
     head = {"transfer-encoding": "chunked", "content-type": "application/json"}
     body = body_with('"a"')

@@ -215,6 +215,25 @@ def test_sigterm_lets_requests_in_flight_finish() -> None:
             httpx.get(f"{server.url}/health", timeout=5)
 
 
+def test_requests_that_outlast_the_shutdown_get_a_503() -> None:
+    with RunningServer("--rate-limit", "0", "--shutdown-seconds", "1") as server:
+        body = {"model": MODEL, "input": ["a text that takes its time among so many others " * 20] * 1000}
+
+        async def story() -> httpx.Response:
+            async with httpx.AsyncClient(timeout=SECONDS) as http:
+                request = asyncio.create_task(http.post(f"{server.url}/v1/embeddings", json=body))
+                await asyncio.sleep(1.0)
+                server.process.send_signal(signal.SIGTERM)
+                return await request
+
+        answer = asyncio.run(story())
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "shutting_down"
+        assert server.process.wait(SECONDS) == 0
+        assert "Traceback" not in server.log()
+        assert "Exception" not in server.log()
+
+
 def test_ctrl_c_reaches_all_processes_and_ends_the_server_once() -> None:
     with RunningServer() as server:
         family = psutil.Process(server.process.pid).children(recursive=True)
