@@ -209,9 +209,9 @@ def _prompt(fields: Mapping[str, Any], model: ServedModel) -> str:
     if value in INPUT_TYPES:
         # A model that was trained without prompts treats queries and documents alike.
         return prompts.get(INPUT_TYPES[value], "")
+    supported = list(dict.fromkeys([*INPUT_TYPES, *prompts]))
     raise InvalidRequestError(
-        f"Invalid value for '{name}' = {_shown(value)}. Supported values: {[*dict.fromkeys([*INPUT_TYPES, *prompts])]}.",
-        param=name,
+        f"Invalid value for '{name}' = {_shown(value)}. Supported values: {supported}.", param=name
     )
 
 
