@@ -76,8 +76,8 @@ def readme() -> str:
     machine = engine["mixed"]["machine"]
     rows = [
         f"all-MiniLM-L6-v2, float32, {machine['cores']} cores of an {machine['cpu']} ({machine['cpu_capability']}), "
-        f"torch {machine['torch']}, {machine['date']}. Medians of alternating rounds, each line in one run; in brackets "
-        "the lowest and the highest. A shared machine: the ratios mean more than the figures.",
+        f"torch {machine['torch']}, {machine['date']}. Medians of alternating rounds, each line in one run; in "
+        "brackets the lowest and the highest. A shared machine: the ratios mean more than the figures.",
         "",
         f"In process, against {PEER} {machine[PEER]} at the best of three batch sizes:",
         "",
