@@ -118,9 +118,17 @@ def readme() -> str:
         ours = line["parties"]["embedserve"]
         if scenario in ("one", "open"):
             shown = f"{number(ours['p50_ms']['median'])} ms (p99 {number(ours['p99_ms']['median'])} ms)"
+            if scenario == "open":
+                shown += f" at {number(ours['texts_per_second']['median'])} texts/s"
         else:
             shown = f"{number(ours['texts_per_second']['median'])} texts/s"
         ratios = [ranged(times[name]) if (times := _times(line)).get(name) else "–" for name in parties]
+        if scenario == "open":
+            theirs = [line["parties"].get(name) for name in parties]
+            ratios = [
+                f"{number(t['p50_ms']['median'])} ms at {number(t['texts_per_second']['median'])} texts/s" if t else "–"
+                for t in theirs
+            ]
         rows.append(f"| {load} | {shown} | {' | '.join(ratios)} |")
     return "\n".join([*rows, ""])
 
