@@ -96,8 +96,8 @@ def parse_embedding_request(body: bytes, models: ServedModels, max_inputs: int, 
 
 
 def _load(body: bytes, max_values: int) -> Mapping[str, Any]:
-    # Nothing else runs while a body is parsed. A text is parsed in no time, but a value takes 0.1 us and memory, and 32
-    # MiB have room for ten million.
+    # Nothing else runs while a body is parsed. A text is parsed in no time, but 30 MiB of empty lists took 0.9 s, and
+    # in a busy front end 3.7. To count takes 27 ms.
     if _has_more_values(body, max_values):
         raise InvalidRequestError(f"The body of the request holds more than {max_values} JSON values.")
     try:
