@@ -26,6 +26,8 @@ class CatalogEntry:
     created: Unix time of the day on which the weights were published.
     matryoshka: sizes that vectors may be cut to, or None.
     package: an installable Python package that carries the weights in its folder `model`, or None.
+    repository: where the hub has the files, if that is not the id. revision: the commit that `embedserve pull` takes, 40
+    hexadecimal digits; without one, the newest of the branch main.
     """
 
     id: str
@@ -45,6 +47,8 @@ class CatalogEntry:
     aliases: tuple[str, ...] = ()
     matryoshka: DimensionRange | None = None
     package: str | None = None
+    repository: str | None = None
+    revision: str | None = None
 
     @property
     def basename(self) -> str:

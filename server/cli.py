@@ -1,9 +1,13 @@
-"""The command line: ``embedserve serve`` and ``embedserve models``."""
+"""The command line: one table of commands, each with its options and the function that runs it.
+
+What needs torch or another heavy library is imported by the function of the command that needs it.
+"""
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from typing import NoReturn
 
@@ -49,40 +53,68 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"embedserve: {message}; see `{self.prog} --help`\n")
 
 
+@dataclass(frozen=True)
+class Command:
+    """A word of the command line.
+
+    help: its line in the list of commands. options: gives its parser the flags. run: does the work and returns the
+    exit status; what has to be changed by the user first it raises as a `ModelError` or `ConfigError`.
+    """
+
+    help: str
+    options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    epilog: str | None = None
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """The entry point. Exits with 0, or with 2 and one line when something has to be changed first."""
+    """The entry point. Exits with a command's status, or with 2 and one line when something has to be changed first."""
     parser = _Parser(prog="embedserve", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"embedserve {_version()}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    serve = commands.add_parser(
-        "serve",
-        help="serve models over HTTP",
-        epilog=_SERVE_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    config.add_options(serve)
-    models = commands.add_parser("models", help="list what can be served")
-    config.add_options(models, ["models_dir"])
-    flags = vars(parser.parse_args(arguments))
+    words = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for word, command in COMMANDS.items():
+        command.options(
+            words.add_parser(
+                word,
+                help=command.help,
+                description=command.help[0].upper() + command.help[1:] + ".",
+                epilog=command.epilog,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+            )
+        )
+    options = parser.parse_args(arguments)
     try:
-        settings = config.load(flags)
-        log.set_up(settings.log_format, settings.log_level)
-        if flags["command"] == "models":
-            print(_table(settings))
-            sys.exit(0)
-        sys.exit(supervisor.serve(settings))
-    except KeyboardInterrupt:  # before the supervisor took over
+        sys.exit(COMMANDS[options.command].run(options))
+    except KeyboardInterrupt:  # in `serve`: before the supervisor took over
         sys.exit(130)
     except (ConfigError, ModelError, TokenizerError, VocabularyError) as error:
         print("embedserve:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
 
 
-def _version() -> str:
-    try:
-        return metadata.version("embedserve")
-    except metadata.PackageNotFoundError:
-        return "(from its source tree, not installed)"
+# -------------------------------------------------------------------------------------------------------------- serve
+
+
+def _serve(options: argparse.Namespace) -> int:
+    return supervisor.serve(_settings(options))
+
+
+def _settings(options: argparse.Namespace) -> config.ServerConfig:
+    settings = config.load(vars(options))
+    log.set_up(settings.log_format, settings.log_level)
+    return settings
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+def _models_options(parser: argparse.ArgumentParser) -> None:
+    config.add_options(parser, ["models_dir"])
+
+
+def _models(options: argparse.Namespace) -> int:
+    print(_table(_settings(options)))
+    return 0
 
 
 def _table(settings: config.ServerConfig) -> str:
@@ -102,6 +134,21 @@ def _table(settings: config.ServerConfig) -> str:
     return "\n".join(
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
     )
+
+
+# ----------------------------------------------------------------------------------------------------------- commands
+
+COMMANDS = {
+    "serve": Command("serve models over HTTP", config.add_options, _serve, _SERVE_EPILOG),
+    "models": Command("list what can be served", _models_options, _models),
+}
+
+
+def _version() -> str:
+    try:
+        return metadata.version("embedserve")
+    except metadata.PackageNotFoundError:
+        return "(from its source tree, not installed)"
 
 
 if __name__ == "__main__":
