@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from embedserve.kernels.attention import Layout, attend_by_runs, attend_padded, attend_varlen
+from embedserve.kernels.attention import Attend, attend_by_runs, attend_padded, attend_varlen
 from embedserve.kernels.linear import Linear, OneDnnLinear, TorchLinear
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -18,13 +18,13 @@ _AMPERE = (8, 0)
 
 @dataclass(frozen=True)
 class Kernels:
-    """The chosen operations: attend(qkv, layout), and linear(weight, bias, activation), which prepares a weight.
+    """The chosen operations: attend (see `Attend`), and linear(weight, bias, activation), which prepares a weight.
 
     pads: whether attend pads its rows to the longest, so that a batch should hold rows of like length.
     """
 
-    attend: Callable[[Tensor, Layout], Tensor]
-    linear: Callable[[Tensor, Tensor, str | None], Linear]
+    attend: Attend
+    linear: Callable[[Tensor, Tensor | None, str | None], Linear]
     pads: bool = False
 
 

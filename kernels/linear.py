@@ -21,10 +21,10 @@ class Linear(Protocol):
 class TorchLinear:
     """The reference: whatever torch makes of `F.linear`; any device and dtype.
 
-    weight is [out, in], bias [out]; activation is a key of `ACTIVATIONS` or None.
+    weight is [out, in], bias [out] or None; activation is a key of `ACTIVATIONS` or None.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, activation: str | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> None:
         self._weight = weight.contiguous()
         self._bias = bias
         self._activation = ACTIVATIONS[activation] if activation is not None else None
@@ -47,7 +47,7 @@ class OneDnnLinear:
 
     _FUSED = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}  # noqa: RUF012 (a table, never written)
 
-    def __init__(self, weight: Tensor, bias: Tensor, activation: str | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> None:
         self._fused, self._algorithm = self._FUSED[activation]
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         self._bias = bias

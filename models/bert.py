@@ -65,8 +65,8 @@ class Bert:
         tokens, width = hidden.shape
         heads, head_dim = self._heads, width // self._heads
         for layer in self._layers:
-            qkv = layer.qkv(hidden).view(tokens, 3, heads, head_dim)
-            attended = layer.attention_out(self._attend(qkv, batch.layout))
+            q, k, v = layer.qkv(hidden).view(tokens, 3, heads, head_dim).unbind(1)
+            attended = layer.attention_out(self._attend(q, k, v, batch.layout))
             hidden = add_layer_norm(attended, hidden, layer.attention_norm.weight, layer.attention_norm.bias, self._eps)
             fed = layer.down(layer.up(hidden))
             hidden = add_layer_norm(fed, hidden, layer.norm.weight, layer.norm.bias, self._eps)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from embedserve.kernels.attention import Layout, attend_by_runs, attend_padded, attend_varlen
+from embedserve.kernels.attention import Attend, Layout, attend_by_runs, attend_padded, attend_varlen
 
 LENGTHS = [[1], [5], [1, 1, 1], [5, 123], [2, 2, 7, 7, 7, 96, 97, 97, 300], [128] * 3]
 
@@ -35,21 +35,21 @@ def exact(qkv: torch.Tensor, lengths: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("attend", [attend_by_runs, attend_padded])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("head_dim", [32, 64, 7])
-def test_attention_is_its_formula(attend: object, lengths: list[int], head_dim: int) -> None:
+def test_attention_is_its_formula(attend: Attend, lengths: list[int], head_dim: int) -> None:
     torch.manual_seed(0)
     qkv = torch.randn(sum(lengths), 3, 3, head_dim)
-    found = attend(qkv, layout_of(lengths))  # type: ignore[operator]
+    found = attend(*qkv.unbind(1), layout_of(lengths))
     assert found.shape == (sum(lengths), 3 * head_dim)
     assert (found.double() - exact(qkv, lengths)).abs().max() < 5e-6
 
 
 @pytest.mark.parametrize("attend", [attend_by_runs, attend_padded])
-def test_a_broken_row_leaves_its_neighbours_alone(attend: object) -> None:
+def test_a_broken_row_leaves_its_neighbours_alone(attend: Attend) -> None:
     lengths = [4, 4, 9]
     qkv = torch.randn(17, 3, 2, 8)
-    clean = attend(qkv, layout_of(lengths))  # type: ignore[operator]
+    clean = attend(*qkv.unbind(1), layout_of(lengths))
     qkv[5] = float("nan")
-    found = attend(qkv, layout_of(lengths))  # type: ignore[operator]
+    found = attend(*qkv.unbind(1), layout_of(lengths))
     assert found[4:8].isnan().any()
     assert torch.equal(found[:4], clean[:4])
     assert torch.equal(found[8:], clean[8:])
@@ -62,7 +62,7 @@ def test_a_broken_row_leaves_its_neighbours_alone(attend: object) -> None:
 def test_varlen_attention_agrees_with_the_formula(dtype: torch.dtype, lengths: list[int]) -> None:
     torch.manual_seed(0)
     qkv = torch.randn(sum(lengths), 3, 3, 64).to("cuda", dtype)
-    found = attend_varlen(qkv, layout_of(lengths, "cuda"))
+    found = attend_varlen(*qkv.unbind(1), layout_of(lengths, "cuda"))
     tolerance = 4e-3 if dtype == torch.float16 else 3e-2
     assert (found.double().cpu() - exact(qkv.cpu(), lengths)).abs().max() < tolerance
 
@@ -73,5 +73,5 @@ def test_varlen_attention_agrees_with_the_formula(dtype: torch.dtype, lengths: l
 def test_padded_attention_on_cuda_agrees_with_the_formula(lengths: list[int]) -> None:
     torch.manual_seed(0)
     qkv = torch.randn(sum(lengths), 3, 3, 64, device="cuda")
-    found = attend_padded(qkv, layout_of(lengths, "cuda"))
+    found = attend_padded(*qkv.unbind(1), layout_of(lengths, "cuda"))
     assert (found.double().cpu() - exact(qkv.cpu(), lengths)).abs().max() < 2e-5
