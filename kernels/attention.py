@@ -86,7 +86,8 @@ def _attend_alike(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, slopes: Tens
         return torch.softmax(scores, dim=-1) @ v
     if slopes is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
-    assert not (causal or grouped), "no model has ALiBi with either"
+    if causal or grouped:
+        raise ValueError("no model has ALiBi together with causal or grouped attention")
     blocks = []
     for first in range(0, length, _BIASED_QUERIES):
         last = min(first + _BIASED_QUERIES, length)
