@@ -26,8 +26,8 @@ class CatalogEntry:
     created: Unix time of the day on which the weights were published.
     matryoshka: sizes that vectors may be cut to, or None.
     package: an installable Python package that carries the weights in its folder `model`, or None.
-    repository: where the hub has the files, if that is not the id. revision: the commit that `embedserve pull` takes, 40
-    hexadecimal digits; without one, the newest of the branch main.
+    repository: where the hub has the files, if that is not the id.
+    revision: the commit that `embedserve pull` takes, 40 hexadecimal digits; None is the newest of the branch main.
     """
 
     id: str
