@@ -106,7 +106,7 @@ def find_models(config: ServerConfig) -> ServedModels:
                     lower_case=model_config.do_lower_case,
                     bert_normalizer=model_config.bert_normalizer,
                 ),
-                created=entry.created if entry else int(_last_change(folder)),
+                created=(entry and entry.created) or int(_last_change(folder)),
             )
         )
     served = ServedModels(models)

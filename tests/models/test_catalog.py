@@ -1,6 +1,7 @@
 """Models by name: the facts, and where their folders are found."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from subprocess import run
@@ -24,23 +25,99 @@ def test_an_unknown_name_is_not_found() -> None:
     assert find("nobody/nothing") is None
 
 
-@pytest.mark.parametrize(
-    ("name", "dimensions", "query"),
-    [
-        ("BAAI/bge-small-en-v1.5", 384, "Represent this sentence for searching relevant passages: "),
-        ("BAAI/bge-base-en-v1.5", 768, "Represent this sentence for searching relevant passages: "),
-        ("BAAI/bge-large-en-v1.5", 1024, "Represent this sentence for searching relevant passages: "),
-        ("BAAI/bge-small-zh-v1.5", 512, "为这个句子生成表示以用于检索相关文章："),
-        ("BAAI/bge-base-zh-v1.5", 768, "为这个句子生成表示以用于检索相关文章："),
-        ("BAAI/bge-large-zh-v1.5", 1024, "为这个句子生成表示以用于检索相关文章："),
-        ("sentence-transformers/all-MiniLM-L6-v2", 384, None),
-    ],
-)
-def test_facts_as_published(name: str, dimensions: int, query: str | None) -> None:
+BGE_EN = "Represent this sentence for searching relevant passages: "
+BGE_ZH = "为这个句子生成表示以用于检索相关文章："
+QWEN3 = "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:"
+
+FACTS = {
+    "sentence-transformers/all-MiniLM-L6-v2": (384, 256, "mean", None),
+    "BAAI/bge-small-en-v1.5": (384, 512, "cls", BGE_EN),
+    "BAAI/bge-base-en-v1.5": (768, 512, "cls", BGE_EN),
+    "BAAI/bge-large-en-v1.5": (1024, 512, "cls", BGE_EN),
+    "BAAI/bge-small-zh-v1.5": (512, 512, "cls", BGE_ZH),
+    "BAAI/bge-base-zh-v1.5": (768, 512, "cls", BGE_ZH),
+    "BAAI/bge-large-zh-v1.5": (1024, 512, "cls", BGE_ZH),
+    "BAAI/bge-m3": (1024, 8192, "cls", None),
+    "netease-youdao/bce-embedding-base_v1": (768, 512, "cls", None),
+    "jinaai/jina-embeddings-v2-small-en": (512, 8192, "mean", None),
+    "jinaai/jina-embeddings-v2-base-en": (768, 8192, "mean", None),
+    "jinaai/jina-embeddings-v2-base-de": (768, 8192, "mean", None),
+    "jinaai/jina-embeddings-v2-base-zh": (768, 8192, "mean", None),
+    "jinaai/jina-embeddings-v2-base-es": (768, 8192, "mean", None),
+    "jinaai/jina-embeddings-v2-base-code": (768, 8192, "mean", None),
+    "jinaai/jina-clip-v1": (768, 8192, "mean", None),
+    "Qwen/Qwen3-Embedding-0.6B": (1024, 32768, "last", QWEN3),
+    "Qwen/Qwen3-Embedding-4B": (2560, 32768, "last", QWEN3),
+    "Qwen/Qwen3-Embedding-8B": (4096, 32768, "last", QWEN3),
+}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_facts_as_published(name: str) -> None:
     entry = find(name)
     assert entry is not None
-    assert (entry.dimensions, entry.prompts.get("query")) == (dimensions, query)
-    assert "document" not in entry.prompts
+    assert entry.id == name
+    assert (entry.dimensions, entry.max_tokens, entry.pooling, entry.prompts.get("query")) == FACTS[name]
+    assert not entry.prompts.get("document")
+
+
+def test_the_facts_are_of_all_models() -> None:
+    assert {entry.id for entry in CATALOG} == set(FACTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "dimensions"),
+    [
+        ("BAAI/bge-m3", 1024),
+        ("jina-clip-v1", 768),
+        ("BAAI/bge-large-en-v1.5", 1024),  # the hosted service's own page says 768
+        ("BAAI/bge-large-zh-v1.5", 1024),
+        ("jina-embeddings-v2-base-en", 768),
+        ("jina-embeddings-v2-base-de", 768),
+        ("jina-embeddings-v2-base-zh", 768),
+        ("jina-embeddings-v2-base-es", 768),
+        ("jina-embeddings-v2-base-code", 768),
+        ("netease-youdao/bce-embedding-base_v1", 768),  # and here 1024
+        ("Qwen/Qwen3-Embedding-0.6B", 1024),
+    ],
+)
+def test_open_models_of_the_hosted_service_go_by_its_names_and_have_their_true_sizes(
+    name: str, dimensions: int
+) -> None:
+    entry = find(name)
+    assert entry is not None
+    assert entry.dimensions == dimensions
+
+
+def test_a_model_is_found_by_the_repository_that_its_files_come_from() -> None:
+    by_repository = find("maidalun1020/bce-embedding-base_v1")
+    assert by_repository is not None
+    assert by_repository is find("netease-youdao/bce-embedding-base_v1")
+    assert by_repository is find("BCE-embedding-base_v1")
+
+
+def test_only_qwen3_was_trained_for_shorter_vectors_and_takes_instructions() -> None:
+    ranges = {entry.id: str(entry.matryoshka) for entry in CATALOG if entry.matryoshka}
+    assert ranges == {
+        "Qwen/Qwen3-Embedding-0.6B": "32 to 1024",
+        "Qwen/Qwen3-Embedding-4B": "32 to 2560",
+        "Qwen/Qwen3-Embedding-8B": "32 to 4096",
+    }
+    assert {entry.id for entry in CATALOG if entry.instruction} == set(ranges)
+    assert {entry.id for entry in CATALOG if entry.append_token_ids == (151643,)} == set(ranges)
+
+
+def test_what_rests_on_inference_is_said() -> None:
+    assert {entry.id for entry in CATALOG if entry.unverified} == {
+        "jinaai/jina-embeddings-v2-base-es",
+        "jinaai/jina-clip-v1",
+    }
+
+
+def test_revisions_are_commits() -> None:
+    pinned = [entry.revision for entry in CATALOG if entry.revision]
+    assert all(re.fullmatch(r"[0-9a-f]{40}", revision) for revision in pinned)
+    assert len(set(pinned)) == len(pinned)
 
 
 def test_no_two_models_share_a_name() -> None:
@@ -110,6 +187,11 @@ def test_the_error_lists_the_places_and_the_remedy(tmp_path: Path) -> None:
     assert "model.safetensors" in message
 
 
+def test_files_lie_under_the_name_of_their_repository_too(tmp_path: Path) -> None:
+    folder = put(tmp_path / "models--maidalun1020--bce-embedding-base_v1" / "snapshots" / ("a" * 40))
+    assert locate("netease-youdao/bce-embedding-base_v1", tmp_path) == folder
+
+
 @pytest.mark.parametrize("name", ["../secret", "a/../../b", "/etc", "a/b/c", "", "..", "a\0b"])
 def test_a_name_that_is_a_path_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ModelNotFoundError):
@@ -131,6 +213,16 @@ def test_the_catalogue_answers_where_the_files_are_silent(tmp_path: Path) -> Non
     assert (config.pooling, config.normalize, config.max_tokens) == ("cls", True, 512)
     assert config.prompts == {"query": "为这个句子生成表示以用于检索相关文章："}
     assert configure(tmp_path, "unknown").pooling == "mean"
+
+
+def test_known_models_are_normalised_whatever_their_files_say(tmp_path: Path, minilm: Path) -> None:
+    for name in ("config.json", "1_Pooling/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((minilm / name).read_bytes())
+    modules = json.loads((minilm / "modules.json").read_text())
+    (tmp_path / "modules.json").write_text(json.dumps(modules[:2]))
+    assert not configure(tmp_path, "unknown").normalize
+    assert configure(tmp_path, "all-MiniLM-L6-v2").normalize
 
 
 def test_the_files_win_over_the_catalogue(minilm: Path) -> None:
