@@ -1,5 +1,6 @@
 """safetensors → parameters, strictly: a tensor that is missing, misshapen or left over is an error.
 
+`Weights` hands tensors out, `Parameters` brings them to a device and dtype, in little more host memory than they take.
 Never a pickle: a `.bin` checkpoint can run code when it is read, so it is refused with the way out.
 """
 
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,20 +22,23 @@ from embedserve.models.errors import CheckpointError
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# As safetensors names them.
+_FLOATS = ("F32", "F16", "BF16", "F64")
+# An index has about 100 bytes a tensor.
+_MAX_INDEX_BYTES = 64 << 20
 
 # TensorFlow's names, still found in old checkpoints.
 _OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 
 
 class Weights:
-    """The tensors of one checkpoint, handed out by name; a context manager that holds the files open.
+    """The tensors of one checkpoint, handed out by name; a context manager within which they are taken.
 
     Take every tensor of the graph with `take`, then call `finish`, which raises for what nobody took.
     """
 
     def __init__(self, folder: Path, *, prefixes: Iterable[str] = ("",), ignored: Iterable[str] = ()) -> None:
-        """Open `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
+        """Read the heads of `model.safetensors`, or of the shards that `model.safetensors.index.json` lists.
 
         prefixes are tried in order: the first that some tensor begins with is stripped from all names.
         ignored are regular expressions of whole names (after stripping) that the graph does not use.
@@ -42,10 +46,9 @@ class Weights:
         """
         self.folder = folder
         self._ignored = tuple(re.compile(pattern) for pattern in ignored)
-        self._handles: list[Any] = []
-        self._source: dict[str, tuple[Any, str]] = {}
+        self._source: dict[str, Path] = {}
         for file, expected in _files(folder).items():
-            self._open(file, expected)
+            self._list(file, expected)
         self._prefix = next((p for p in prefixes if p and any(name.startswith(p) for name in self._source)), "")
         self._left = set(self._source)
 
@@ -56,20 +59,13 @@ class Weights:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the files."""
-        for handle in self._handles:
-            handle.__exit__(kind, error, trace)
-        self._handles.clear()
+        """Call `finish`, unless an error is on its way already."""
+        if error is None:
+            self.finish()
 
-    def _open(self, file: Path, expected: set[str] | None) -> None:
-        try:
-            handle: Any = safe_open(file, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file}: not a readable safetensors file ({error}); copy the checkpoint again"
-            ) from error
-        self._handles.append(handle)
-        names = set(handle.keys())
+    def _list(self, file: Path, expected: set[str] | None) -> None:
+        with _opened(file) as handle:
+            names = set(handle.keys())
         if expected is not None and (missing := sorted(expected - names)):
             raise CheckpointError(
                 f"{file}: tensor {missing[0]!r} is missing though {_INDEX} places it here; copy the checkpoint again"
@@ -77,30 +73,33 @@ class Weights:
         for name in names:
             if name in self._source:
                 raise CheckpointError(
-                    f"{file}: tensor {name!r} is also in {Path(self._source[name][1]).name}; "
+                    f"{file}: tensor {name!r} is also in {self._source[name].name}; "
                     "remove the file that does not belong to the checkpoint"
                 )
-            self._source[name] = (handle, str(file))
+            self._source[name] = file
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Return tensor `name` (without prefix) in its stored dtype, on the CPU.
+        """Return tensor `name` (without prefix) in its stored dtype, on the CPU: a view of the mapped file.
 
         Raises CheckpointError if it is absent, has another shape, or is not of a floating dtype.
         """
         stored = self._stored_name(name)
-        handle, file = self._source[stored]
-        found = tuple(handle.get_slice(stored).get_shape())
-        if found != shape:
-            raise CheckpointError(
-                f"{file}: tensor {stored!r} has shape {list(found)}, but config.json asks for {list(shape)}; "
-                "the two do not belong to one checkpoint"
-            )
-        tensor: Tensor = handle.get_tensor(stored)
-        if tensor.dtype not in _FLOATS:
-            raise CheckpointError(
-                f"{file}: tensor {stored!r} is stored as {str(tensor.dtype).removeprefix('torch.')}; expected float32, "
-                "float16 or bfloat16: quantised checkpoints are not supported, use the original one"
-            )
+        file = self._source[stored]
+        # A mapping of its own for each tensor: what was read of a mapping stays in memory until all of it goes, so with
+        # one for the whole file the weights would be there twice by the time the last of them is copied.
+        with _opened(file) as handle:
+            found = handle.get_slice(stored)
+            if tuple(found.get_shape()) != shape:
+                raise CheckpointError(
+                    f"{file}: tensor {stored!r} has shape {found.get_shape()}, but config.json asks for "
+                    f"{list(shape)}; the two do not belong to one checkpoint"
+                )
+            if found.get_dtype() not in _FLOATS:
+                raise CheckpointError(
+                    f"{file}: tensor {stored!r} is stored as {found.get_dtype()}; expected one of "
+                    f"{', '.join(_FLOATS)}: quantised checkpoints are not supported, use the original one"
+                )
+            tensor: Tensor = handle.get_tensor(stored)
         self._left.discard(stored)
         return tensor
 
@@ -127,10 +126,49 @@ class Weights:
         if unknown:
             more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
             raise CheckpointError(
-                f"{self._source[unknown[0]][1]}: the model has no use for tensor {', '.join(map(repr, unknown[:3]))}"
+                f"{self._source[unknown[0]]}: the model has no use for tensor {', '.join(map(repr, unknown[:3]))}"
                 f"{more}; the weights belong to another architecture than config.json says, and dropping them would "
                 "give wrong vectors"
             )
+
+
+class Parameters:
+    """The tensors of a checkpoint as a model holds them: on its device, in its dtype, in memory of their own.
+
+    Never a view of the file, which somebody may overwrite while the server runs. One tensor after the other, so that of
+    what is converted or goes to another device only one is in host memory besides.
+    """
+
+    def __init__(self, weights: Weights, device: torch.device, dtype: torch.dtype) -> None:
+        self._weights, self._device, self._dtype = weights, device, dtype
+
+    def tensor(self, name: str, *shape: int) -> Tensor:
+        """Return tensor `name` of this shape. Raises as `Weights.take`."""
+        return self._empty(shape).copy_(self._weights.take(name, shape))
+
+    def stacked(self, names: Sequence[str], rows: Sequence[int], *inner: int) -> Tensor:
+        """Return tensors [rows[i], *inner] one below the other, [sum of rows, *inner]: one product instead of several.
+
+        Raises as `Weights.take`.
+        """
+        whole = self._empty((sum(rows), *inner))
+        # Into place, where torch.cat would need all parts beside the whole.
+        for name, part, count in zip(names, torch.split(whole, list(rows)), rows, strict=True):
+            part.copy_(self._weights.take(name, (count, *inner)))
+        return whole
+
+    def _empty(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, device=self._device, dtype=self._dtype)
+
+
+def _opened(file: Path) -> Any:
+    """The safetensors file, mapped; a context manager. Its tensors outlive it."""
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file}: not a readable safetensors file ({error}); copy the checkpoint again"
+        ) from error
 
 
 def _files(folder: Path) -> Mapping[Path, set[str] | None]:
@@ -152,7 +190,11 @@ def _files(folder: Path) -> Mapping[Path, set[str] | None]:
 
 def _shards(index: Path) -> Mapping[Path, set[str] | None]:
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        with index.open("rb") as opened:
+            raw = opened.read(_MAX_INDEX_BYTES)
+        weight_map = json.loads(raw, object_pairs_hook=_unique)["weight_map"]
+    except _TwiceError as error:
+        raise CheckpointError(f"{index}: names {error.name!r} twice; copy the file again") from error
     except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
         raise CheckpointError(f"{index}: not a JSON object with a field 'weight_map'; copy the file again") from error
     if (
@@ -177,3 +219,21 @@ def _shards(index: Path) -> Mapping[Path, set[str] | None]:
             )
         shards[index.parent / file] = tensors
     return shards
+
+
+class _TwiceError(Exception):
+    """A JSON object has two fields of one name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; json.loads alone would keep the last of two fields with one name, and not say so."""
+    names: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in names:
+            raise _TwiceError(name)
+        names[name] = value
+    return names

@@ -174,7 +174,7 @@ NAME = "encoder.layer.1.attention.self.key.weight"
     [
         ({NAME: None}, NAME),
         ({NAME: torch.ones(96, 95)}, r"\[96, 95\].*\[96, 96\]"),
-        ({NAME: torch.ones(96, 96, dtype=torch.int8)}, "int8"),
+        ({NAME: torch.ones(96, 96, dtype=torch.int8)}, "stored as I8"),
         ({"encoder.layer.2.output.dense.bias": torch.ones(96)}, "encoder.layer.2.output.dense.bias"),
         ({"encoder.layer.0.attention.self.distance_embedding.weight": torch.ones(4)}, "distance_embedding"),
         ({"embeddings.word_embeddings.weight": torch.ones(100, 96)}, r"\[100, 96\]"),
