@@ -1,28 +1,31 @@
 """A checkpoint folder's files → one frozen ModelConfig. Every quirk of a foreign format ends here.
 
-Read are, where present: modules.json and each module's folder, config.json, sentence_bert_config.json,
-tokenizer_config.json (its model_max_length and flags of BERT's normaliser), config_sentence_transformers.json. The
-meaning is the one that sentence-transformers 6.2 gives them. Whatever changes vectors is applied or refused by name,
-never passed over.
+Read are, where present: modules.json and each module's folder, config.json (see `architecture`),
+sentence_bert_config.json, tokenizer_config.json (its model_max_length and flags of BERT's normaliser),
+config_sentence_transformers.json, preprocessor_config.json of image models. The meaning is the one that
+sentence-transformers 6.2 gives them. Whatever changes vectors is applied or refused by name, never passed over.
 
 Imports no torch: front ends read the same configuration as engines.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
+from embedserve.models.architecture import (
+    LARGEST_HIDDEN_SIZE,
+    Architecture,
+    BertArchitecture,
+    JinaClipArchitecture,
+    read_architecture,
+)
 from embedserve.models.errors import CheckpointError
+from embedserve.models.json_file import JsonFile, is_integer, kind_of, load_json
 
 Pooling = Literal["cls", "mean", "max", "last"]
-
-# Larger than any configuration of a model, smaller than a weight file that got a wrong name.
-_MAX_JSON_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,26 @@ class DimensionRange:
 
 
 @dataclass(frozen=True)
+class ImageSettings:
+    """How an image becomes pixels: its shortest edge is scaled to `size`, bicubic, and the middle is cut out.
+
+    mean, std: of red, green and blue, on a scale from 0 to 1; pixels are `(x / 255 - mean) / std`.
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """What a checkpoint asks for. Sizes are in components, lengths in tokens including the special ones.
 
     folder: as given. weights_folder: where config.json, the tokenizer's files and the weights are (the same, or a
         subfolder that modules.json names).
+    architecture: what config.json says.
+    outputs: what the weights can give: "dense", and with bge-m3's heads "sparse" and "colbert".
+    images: how images are prepared; None for models of texts alone.
     pooling, normalize: how token states become a vector.
     max_tokens: texts are cut to this length; never more than max_positions.
     do_lower_case: the front end's tokenizer lowers the text (prompt included) before its own normaliser. Nothing
@@ -60,6 +78,10 @@ class ModelConfig:
     prompts: prefixes by name, put before the text as they stand. default_prompt_name: the one that
         sentence-transformers puts before every text for which none is asked; a server follows it or says so.
     include_prompt: false where the prompt's tokens stay out of the pooling; only ever false without prompts.
+    instruction: what a query's instruction is put into, at `{instruction}`, to make its prompt; None where the model
+        was trained without one.
+    append_token_ids: what must stand at the end of every text, appended where the tokenizer's own rules do not.
+    ignored_token_ids: special tokens that a sparse vector leaves out.
     matryoshka: sizes that vectors may be cut to, None where the model was not trained for it.
     default_dimension: vectors have this size unless the request says otherwise.
     stored_dtype: as config.json names it, or None.
@@ -69,16 +91,7 @@ class ModelConfig:
 
     folder: Path
     weights_folder: Path
-    family: str
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    intermediate_size: int
-    vocab_size: int
-    max_positions: int
-    type_vocab_size: int
-    layer_norm_eps: float
-    activation: str
+    architecture: Architecture
     pad_token_id: int
     pooling: Pooling
     normalize: bool
@@ -92,7 +105,37 @@ class ModelConfig:
     stored_dtype: str | None
     prompts: Mapping[str, str] = field(default_factory=dict)
     bert_normalizer: Mapping[str, bool | None] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ("dense",)
+    images: ImageSettings | None = None
+    instruction: str | None = None
+    append_token_ids: tuple[int, ...] = ()
+    ignored_token_ids: tuple[int, ...] = ()
     assumed: frozenset[str] = frozenset()
+
+    @property
+    def family(self) -> str:
+        """A key of `registry.FAMILIES`, or "foreign"."""
+        return self.architecture.family
+
+    @property
+    def hidden_size(self) -> int:
+        """Components of a token's state."""
+        return self.architecture.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the token embeddings."""
+        return self.architecture.vocab_size
+
+    @property
+    def max_positions(self) -> int:
+        """Tokens of the longest text that the weights can take."""
+        return self.architecture.max_positions
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What can be embedded: "text", and for image models "image"."""
+        return ("text",) if self.images is None else ("text", "image")
 
     @property
     def dimension(self) -> int:
@@ -121,115 +164,35 @@ def read_config(folder: Path) -> ModelConfig:
             f"{weights_folder / 'adapter_config.json'}: adapters are not supported; merge it into the model "
             "(merge_and_unload of peft) and serve the result"
         )
-    architecture = _read_bert(_Json.read(weights_folder / "config.json"))
-    text = _read_text_settings(weights_folder, architecture["max_positions"])
-    settings = _read_sentence_settings(folder, architecture["hidden_size"], modules.include_prompt)
-    if modules.pooled_size not in (None, architecture["hidden_size"]):
+    values = JsonFile.read(weights_folder / "config.json")
+    architecture = read_architecture(values)
+    hidden = architecture.hidden_size
+    if modules.pooled_size not in (None, hidden):
         raise CheckpointError(
             f"{modules.pooling_file}: the pooling expects {modules.pooled_size} components, but "
-            f"{weights_folder / 'config.json'} has hidden_size {architecture['hidden_size']}; "
-            "the files do not belong together"
+            f"{weights_folder / 'config.json'} has hidden_size {hidden}; the files do not belong together"
         )
+    text = _read_text_settings(weights_folder, architecture.max_positions)
+    settings = _read_sentence_settings(folder, hidden, modules.include_prompt)
     assumed = modules.assumed | text.pop("assumed") | settings.pop("assumed")
     return ModelConfig(
         folder=folder,
         weights_folder=weights_folder,
+        architecture=architecture,
+        pad_token_id=0
+        if values.get("pad_token_id") is None
+        else values.integer("pad_token_id", 0, architecture.vocab_size - 1),
         pooling=modules.pooling,
         normalize=modules.normalize,
         include_prompt=modules.include_prompt,
+        matryoshka=_read_matryoshka(values, hidden),
+        stored_dtype=values.string("dtype") or values.string("torch_dtype"),
+        images=_read_image_settings(weights_folder, architecture),
         assumed=assumed,
-        **architecture,
+        **_read_heads(weights_folder, values, architecture),
         **text,
         **settings,
     )
-
-
-class _Json:
-    """One JSON object of a checkpoint: typed access, errors that name file and field."""
-
-    def __init__(self, path: Path, values: dict[str, Any]) -> None:
-        self.path = path
-        self.values = values
-
-    @classmethod
-    def read(cls, path: Path) -> _Json:
-        values = _load_json(path)
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{path}: expected a JSON object, found {_kind(values)}; copy the file again")
-        return cls(path, values)
-
-    @classmethod
-    def read_optional(cls, path: Path) -> _Json:
-        return cls.read(path) if path.exists() else cls(path, {})
-
-    def fail(self, name: str, found: object, expected: str) -> NoReturn:
-        raise CheckpointError(f"{self.path}: field {name!r} is {_shown(found)}; {expected}")
-
-    def get(self, name: str) -> Any:
-        """The value, None also where it is absent."""
-        return self.values.get(name)
-
-    def integer(self, name: str, lowest: int, highest: int, default: int | None = None) -> int:
-        value = self.values.get(name, default)
-        if value is None:
-            raise CheckpointError(f"{self.path}: field {name!r} is missing; expected an integer")
-        if not _is_integer(value) or not lowest <= value <= highest:
-            self.fail(name, value, f"expected an integer from {lowest} to {highest}")
-        return int(value)
-
-    def boolean(self, name: str, default: bool) -> bool:
-        value = self.values.get(name, default)
-        if not isinstance(value, bool):
-            self.fail(name, value, "expected true or false")
-        return value
-
-    def string(self, name: str) -> str | None:
-        value = self.values.get(name)
-        if value is not None and not isinstance(value, str):
-            self.fail(name, value, "expected a string")
-        return value
-
-    def refuse(self, name: str, neutral: Sequence[object], remedy: str) -> None:
-        """Fail unless the field is absent, null, or one of the values that change nothing."""
-        value = self.values.get(name)
-        # By type too: 0 == False in Python, and a wrong type is a mistake elsewhere.
-        if value is not None and not any(value == one and type(value) is type(one) for one in neutral):
-            self.fail(name, value, remedy)
-
-    def refuse_unknown(self, known: frozenset[str], remedy: str) -> None:
-        if unknown := sorted(set(self.values) - known):
-            self.fail(unknown[0], self.values[unknown[0]], remedy)
-
-
-def _load_json(path: Path) -> Any:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(_MAX_JSON_BYTES + 1)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: the file is missing; copy the whole checkpoint folder") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-    if len(raw) > _MAX_JSON_BYTES:
-        raise CheckpointError(
-            f"{path}: larger than {_MAX_JSON_BYTES >> 20} MiB, which no configuration is; copy it again"
-        )
-    try:
-        return json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); copy the file again") from error
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _kind(value: object) -> str:
-    return {dict: "an object", list: "a list", str: "a string", type(None): "null"}.get(type(value), repr(value)[:40])
-
-
-def _shown(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 # --- modules.json -----------------------------------------------------------------------------------------------------
@@ -248,11 +211,14 @@ class _Modules:
 
 def _read_modules(folder: Path) -> _Modules:
     path = folder / "modules.json"
+    if _is_jina_clip(folder):
+        # Its modules.json names code of the checkpoint's own, which pools the mean and normalises.
+        return _Modules(transformer=folder, normalize=True)
     if not path.exists():
         return _Modules(transformer=folder, assumed=frozenset({"pooling", "normalize"}))
-    entries = _load_json(path)
+    entries = load_json(path)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise CheckpointError(f"{path}: expected a list of objects, found {_kind(entries)}; copy the file again")
+        raise CheckpointError(f"{path}: expected a list of objects, found {kind_of(entries)}; copy the file again")
     steps = [_read_module(path, entry) for entry in entries]
     names = [name for name, _ in steps]
     if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
@@ -263,16 +229,21 @@ def _read_modules(folder: Path) -> _Modules:
     modules = _Modules(transformer=steps[0][1])
     _read_pooling(modules, steps[1][1] / "config.json")
     if len(steps) == 3:
-        normalize = _Json.read_optional(steps[2][1] / "config.json")
+        normalize = JsonFile.read_optional(steps[2][1] / "config.json")
         for name in ("module_input_name", "module_output_name"):
             normalize.refuse(name, ["sentence_embedding"], "only the sentence embedding can be normalised")
         modules.normalize = True
     return modules
 
 
+def _is_jina_clip(folder: Path) -> bool:
+    path = folder / "config.json"
+    return path.exists() and JsonFile.read(path).get("model_type") == "jina_clip"
+
+
 def _read_module(path: Path, entry: dict[str, Any]) -> tuple[str, Path]:
     """(class name, folder) of one entry."""
-    values = _Json(path, entry)
+    values = JsonFile(path, entry)
     kind, place = values.string("type"), values.string("path")
     if not kind:
         values.fail("type", entry.get("type"), "expected the class of a module")
@@ -309,11 +280,11 @@ _POOLING_FIELDS = frozenset(
 
 
 def _read_pooling(modules: _Modules, path: Path) -> None:
-    values = _Json.read(path)
+    values = JsonFile.read(path)
     values.refuse_unknown(_POOLING_FIELDS, "this field of a Pooling module is unknown, so vectors might differ")
     size = "embedding_dimension" if "embedding_dimension" in values.values else "word_embedding_dimension"
     modules.pooling_file = path
-    modules.pooled_size = values.integer(size, 1, _LIMITS["hidden_size"])
+    modules.pooled_size = values.integer(size, 1, LARGEST_HIDDEN_SIZE)
     modules.include_prompt = values.boolean("include_prompt", True)
 
     named = values.get("pooling_mode")
@@ -330,105 +301,77 @@ def _read_pooling(modules: _Modules, path: Path) -> None:
     modules.pooling = _POOLINGS[modes[0]]
 
 
-# --- config.json ------------------------------------------------------------------------------------------------------
+# --- config.json, what is not the architecture's ----------------------------------------------------------------------
 
-# Far above every encoder there is: beyond it lies a broken file, not a larger model.
-_LIMITS = {
-    "hidden_size": 1 << 16,
-    "num_hidden_layers": 1 << 10,
-    "num_attention_heads": 1 << 10,
-    "intermediate_size": 1 << 18,
-    "vocab_size": 1 << 24,
-    "max_position_embeddings": 1 << 22,
-    "type_vocab_size": 1 << 10,
+# Output → the file of its weights, and the pickle that the author published.
+HEADS = {
+    "sparse": ("sparse_linear.safetensors", "sparse_linear.pt"),
+    "colbert": ("colbert_linear.safetensors", "colbert_linear.pt"),
 }
-
-_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "relu": "relu",
-}
-
-_JINA = (
-    "this is a JinaBERT checkpoint under the name bert, which plain BERT would run with wrong vectors; not supported"
-)
+# XLM-RoBERTa's vocabulary begins with <s> <pad> </s> <unk>; config.json names all but the last.
+_XLM_ROBERTA_UNKNOWN = 3
 
 
-def _read_bert(values: _Json) -> dict[str, Any]:
-    """The fields of ModelConfig that config.json of a BERT decides. Raises for every other architecture."""
-    _refuse_other_architectures(values)
-    size = {name: values.integer(name, 1, highest) for name, highest in _LIMITS.items() if name != "type_vocab_size"}
-    if size["hidden_size"] % size["num_attention_heads"]:
-        values.fail(
-            "hidden_size",
-            size["hidden_size"],
-            f"expected a multiple of num_attention_heads ({size['num_attention_heads']})",
-        )
-    activation = values.string("hidden_act") or "gelu"
-    if activation not in _ACTIVATIONS:
-        values.fail("hidden_act", activation, f"supported are {', '.join(_ACTIVATIONS)}")
-    eps = values.values.get("layer_norm_eps", 1e-12)
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or not math.isfinite(eps) or not 0 < eps < 1:
-        values.fail("layer_norm_eps", eps, "expected a number above 0 and below 1")
-    stored_dtype = values.string("dtype") or values.string("torch_dtype")
-    return {
-        "family": "bert",
-        "hidden_size": size["hidden_size"],
-        "num_layers": size["num_hidden_layers"],
-        "num_heads": size["num_attention_heads"],
-        "intermediate_size": size["intermediate_size"],
-        "vocab_size": size["vocab_size"],
-        "max_positions": size["max_position_embeddings"],
-        "type_vocab_size": values.integer("type_vocab_size", 1, _LIMITS["type_vocab_size"], default=2),
-        "layer_norm_eps": float(eps),
-        "activation": _ACTIVATIONS[activation],
-        "pad_token_id": 0
-        if values.get("pad_token_id") is None
-        else values.integer("pad_token_id", 0, size["vocab_size"] - 1),
-        "matryoshka": _read_matryoshka(values, size["hidden_size"]),
-        "stored_dtype": stored_dtype,
-    }
+def _read_heads(folder: Path, values: JsonFile, architecture: Architecture) -> dict[str, Any]:
+    """Outputs of bge-m3 besides the dense one, by the files that are there."""
+    if not isinstance(architecture, BertArchitecture):
+        return {}
+    present = [output for output, (file, _) in HEADS.items() if (folder / file).is_file()]
+    for output, (file, pickle) in HEADS.items():
+        if output not in present and (folder / pickle).is_file():
+            raise CheckpointError(
+                f"{folder / pickle}: a pickle can run code when it is read, so only safetensors are loaded, and "
+                f"without {file} the {output} output would be missing; run `embedserve convert {folder}`"
+            )
+    if not present:
+        return {}
+    last = architecture.vocab_size - 1
+    named = [
+        values.integer(name, 0, last, default=default)
+        for name, default in (("bos_token_id", 0), ("pad_token_id", 1), ("eos_token_id", 2))
+    ]
+    return {"outputs": ("dense", *present), "ignored_token_ids": (*named, _XLM_ROBERTA_UNKNOWN)}
 
 
-def _refuse_other_architectures(values: _Json) -> None:
-    model_type = values.string("model_type")
-    if model_type != "bert":
-        values.fail("model_type", model_type, "this architecture is not supported; supported is bert")
-    position = values.get("position_embedding_type")
-    if position == "alibi":
-        values.fail("position_embedding_type", position, _JINA)
-    values.refuse("position_embedding_type", ["absolute"], "supported is absolute")
-    architectures = values.get("architectures")
-    if architectures is not None:
-        if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
-            values.fail("architectures", architectures, "expected a list of class names")
-        for name in architectures:
-            if "jina" in name.lower():
-                values.fail("architectures", architectures, _JINA)
-            if not name.startswith("Bert"):
-                values.fail("architectures", architectures, "expected BertModel or another Bert class of transformers")
-    auto_map = values.get("auto_map")
-    if auto_map:
-        jina = "jina" in json.dumps(auto_map).lower()
-        code = "code from checkpoints is never run, and plain BERT would compute something else"
-        values.fail("auto_map", auto_map, _JINA if jina else code)
-    for name in ("feed_forward_type", "emb_pooler", "alibi_starting_size"):
-        values.refuse(name, [], _JINA)
-    for name in ("is_decoder", "add_cross_attention", "is_causal", "is_encoder_decoder"):
-        if values.boolean(name, False):
-            values.fail(name, True, "expected false: only encoders that attend in both directions are supported")
-    values.refuse("pruned_heads", [{}, []], "pruned heads are not supported; use the unpruned model")
-    values.refuse("quantization_config", [], "quantised checkpoints are not supported; use the original one")
+def _read_image_settings(folder: Path, architecture: Architecture) -> ImageSettings | None:
+    if not isinstance(architecture, JinaClipArchitecture):
+        return None
+    values = JsonFile.read_optional(folder / "preprocessor_config.json")
+    size = architecture.vision.image_size
+    values.refuse("size", [size, [size, size]], f"expected the image_size of config.json ({size})")
+    values.refuse("resize_mode", ["shortest"], "supported is shortest")
+    values.refuse("interpolation", ["bicubic"], "supported is bicubic")
+    for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"):
+        values.refuse(name, [True], "supported is true")
+    # Those of OpenAI's CLIP.
+    mean = _triple(values, "mean", (0.48145466, 0.4578275, 0.40821073), lowest=-10)
+    std = _triple(values, "std", (0.26862954, 0.26130258, 0.27577711), lowest=0)
+    return ImageSettings(size, mean, std)
 
 
-def _read_matryoshka(values: _Json, hidden: int) -> DimensionRange | None:
+def _triple(
+    values: JsonFile, name: str, default: tuple[float, float, float], *, lowest: float
+) -> tuple[float, float, float]:
+    """`mean` or `std`, which other image processors call `image_mean` and `image_std`."""
+    name = name if values.get(name) is not None else f"image_{name}"
+    found = values.get(name)
+    if found is None:
+        return default
+    if not (
+        isinstance(found, list)
+        and len(found) == 3
+        and all(isinstance(x, int | float) and not isinstance(x, bool) and lowest < x < 10 for x in found)
+    ):
+        values.fail(name, found, f"expected three numbers above {lowest:g} and below 10")
+    red, green, blue = map(float, found)
+    return red, green, blue
+
+
+def _read_matryoshka(values: JsonFile, hidden: int) -> DimensionRange | None:
     """`is_matryoshka` and `matryoshka_dimensions`, the fields that vLLM and model authors agreed on."""
     listed = values.get("matryoshka_dimensions")
     if listed is not None and not (
-        isinstance(listed, list) and all(_is_integer(size) and 1 <= size <= hidden for size in listed)
+        isinstance(listed, list) and all(is_integer(size) and 1 <= size <= hidden for size in listed)
     ):
         values.fail("matryoshka_dimensions", listed, f"expected a list of integers from 1 to hidden_size ({hidden})")
     enabled = bool(listed) if values.get("is_matryoshka") is None else values.boolean("is_matryoshka", False)
@@ -468,7 +411,7 @@ _HARMLESS_MODEL_ARGS = frozenset(
 def _read_text_settings(folder: Path, max_positions: int) -> dict[str, Any]:
     """max_tokens and do_lower_case, from the first sentence_*_config.json that is there."""
     path = next((folder / name for name in _SENTENCE_FILES if (folder / name).exists()), folder / _SENTENCE_FILES[0])
-    values = _Json.read_optional(path)
+    values = JsonFile.read_optional(path)
     values.refuse_unknown(_SENTENCE_FIELDS, "this field is unknown, so vectors might differ")
     values.refuse("transformer_task", ["feature-extraction"], "supported is feature-extraction")
     values.refuse("modality_config", [_TEXT_ONLY], "supported is text through forward and last_hidden_state")
@@ -491,7 +434,7 @@ def _read_text_settings(folder: Path, max_positions: int) -> dict[str, Any]:
     stated = None
     if values.get("max_seq_length") is not None:
         stated = values.integer("max_seq_length", 1, 1 << 30)
-    tokenizer = _Json.read_optional(folder / "tokenizer_config.json")
+    tokenizer = JsonFile.read_optional(folder / "tokenizer_config.json")
     length = tokenizer.get("model_max_length")
     if stated is None and length is not None:
         # transformers writes int(1e30) for "no limit"; some files have it as 1e30.
@@ -523,7 +466,7 @@ _SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 
 
 def _read_sentence_settings(folder: Path, hidden: int, include_prompt: bool) -> dict[str, Any]:
-    values = _Json.read_optional(folder / "config_sentence_transformers.json")
+    values = JsonFile.read_optional(folder / "config_sentence_transformers.json")
     values.refuse("model_type", ["SentenceTransformer"], "only dense sentence-transformers models are supported")
     similarity = values.string("similarity_fn_name") or "cosine"
     if similarity not in _SIMILARITIES:

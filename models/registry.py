@@ -21,10 +21,16 @@ if TYPE_CHECKING:
 
 FAMILIES = {
     "bert": "embedserve.models.bert:Bert",
+    "xlm_roberta": "embedserve.models.xlm_roberta:XlmRoberta",
+    "jina_bert": "embedserve.models.jina_bert:JinaBert",
+    "jina_clip": "embedserve.models.jina_clip:JinaClip",
+    "qwen3": "embedserve.models.qwen3:Qwen3",
 }
 
 BACKENDS = {
     "native": "embedserve.models.native:NativeBackend",
+    "onnx": "embedserve.models.onnx:OnnxBackend",
+    "transformers": "embedserve.models.transformers_backend:TransformersBackend",
 }
 
 
@@ -38,8 +44,18 @@ class Family(Protocol):
         """Return the last layer's states, [tokens, hidden]."""
 
 
+def backend_for(family_name: str) -> str:
+    """The backend that runs a family unless another is asked for: our own, where the family is ours."""
+    return "native" if family_name in FAMILIES else "transformers"
+
+
 def family(name: str) -> type[Family]:
     """Return the class of a family. Raises CheckpointError for an unknown one."""
+    if name == "foreign":
+        raise CheckpointError(
+            f"the native backend has no such architecture, only {', '.join(sorted(FAMILIES))}; "
+            "use --backend transformers, or auto"
+        )
     loaded: type[Family] = _load(FAMILIES, name, "family")
     return loaded
 
