@@ -5,6 +5,7 @@ norm        LayerNorm, alone and after a residual sum
 activation  the feed-forward non-linearities that checkpoints name
 linear      xWᵀ + b, with a fused activation or residual where the CPU library offers it
 pooling     token states → one vector a text: pool, cut, normalise, check
+heads       token states → lexical weights and a vector a token, bge-m3's outputs besides the dense one
 dispatch    which implementation of each runs on which device: the one table of that choice
 
 Needs torch; imports nothing else of the project.

@@ -37,9 +37,17 @@ class Weights:
     Take every tensor of the graph with `take`, then call `finish`, which raises for what nobody took.
     """
 
-    def __init__(self, folder: Path, *, prefixes: Iterable[str] = ("",), ignored: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        file: str | None = None,
+        prefixes: Iterable[str] = ("",),
+        ignored: Iterable[str] = (),
+    ) -> None:
         """Read the heads of `model.safetensors`, or of the shards that `model.safetensors.index.json` lists.
 
+        file: read this file of the folder instead.
         prefixes are tried in order: the first that some tensor begins with is stripped from all names.
         ignored are regular expressions of whole names (after stripping) that the graph does not use.
         Raises CheckpointError if there is no such file, only a pickle, or a file is damaged.
@@ -47,8 +55,9 @@ class Weights:
         self.folder = folder
         self._ignored = tuple(re.compile(pattern) for pattern in ignored)
         self._source: dict[str, Path] = {}
-        for file, expected in _files(folder).items():
-            self._list(file, expected)
+        files = _files(folder) if file is None else {folder / file: None}
+        for path, expected in files.items():
+            self._list(path, expected)
         self._prefix = next((p for p in prefixes if p and any(name.startswith(p) for name in self._source)), "")
         self._left = set(self._source)
 
