@@ -7,26 +7,24 @@ Every field below is an option of ``embedserve serve``: ``rate_limit`` is the fl
 import argparse
 import dataclasses
 import ipaddress
-import math
 import os
 import re
-import textwrap
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from embedserve.server import parsers
 from embedserve.server.log import LOG_FORMATS
+from embedserve.server.parsers import ConfigError, Parser
+from embedserve.server.tables import Alias, ModelSettings, read_aliases, read_model_settings, read_upstreams
+from embedserve.server.upstreams import Upstream
 
-__all__ = ["APIKey", "ConfigError", "ModelSettings", "ServerConfig", "add_options", "load"]
+__all__ = ["APIKey", "Alias", "ConfigError", "ModelSettings", "ServerConfig", "Upstream", "add_options", "load"]
 
 ENV_PREFIX = "EMBEDSERVE_"
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-
-
-class ConfigError(Exception):
-    """An option cannot be used. The message names it, what was expected and what came; the command exits with 2."""
 
 
 @dataclass(frozen=True)
@@ -38,83 +36,9 @@ class APIKey:
     internal: bool = False
 
 
-@dataclass(frozen=True)
-class ModelSettings:
-    """The operator's settings of one model, from the file's table ``[model_settings."<id>"]``.
-
-    `token_ids`: what token arrays in `input` are: ``cl100k`` (decoded to text first) or ``native``, the model's own.
-    `price` per million tokens, in `currency`: shown in /v1/embedding-models, nothing else.
-    """
-
-    token_ids: str = "cl100k"
-    price: float = 0.0
-    currency: str = "USD"
-
-
-# ------------------------------------------------------------------------------------------------------------ parsers
-# Each takes one value, a string or what TOML has, and raises ValueError with what was expected.
-
-Value = Any
-
-
-def _whole(minimum: int, maximum: int) -> Callable[[Value], int]:
-    expected = f"a whole number from {minimum} to {maximum}"
-
-    def parse(value: Value) -> int:
-        if isinstance(value, bool) or not (isinstance(value, int) or re.fullmatch(r"\s*\d+\s*", str(value), re.ASCII)):
-            raise ValueError(expected)
-        number = int(value)
-        if not minimum <= number <= maximum:
-            raise ValueError(expected)
-        return number
-
-    return parse
-
-
-def _choice(*choices: str) -> Callable[[Value], str]:
-    def parse(value: Value) -> str:
-        if value not in choices:
-            raise ValueError("one of " + ", ".join(choices))
-        return str(value)
-
-    return parse
-
-
-def _text(value: Value) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError("a text")
-    return value
-
-
-def _path(value: Value) -> Path:
-    return Path(_text(value)).expanduser()
-
-
-def _device(value: Value) -> str:
-    devices = _text(value).split(",")
-    if not all(re.fullmatch(r"auto|cpu|cuda|cuda:\d+", device) for device in devices):
-        raise ValueError("auto, cpu, cuda or cuda:N, or several of them separated by commas")
-    return ",".join(devices)
-
-
-def _flag(value: Value) -> bool:
-    words = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
-    answer = words.get(str(value).lower())
-    if answer is None:
-        raise ValueError("true or false")
-    return answer
-
-
-def _network(value: Value) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
-    try:
-        return ipaddress.ip_network(_text(value), strict=False)
-    except ValueError:
-        raise ValueError("an IP address or a network such as 10.0.0.0/8") from None
-
-
-def _key(*, internal: bool) -> Callable[[Value], APIKey]:
-    def parse(value: Value) -> APIKey:
-        name, equals, secret = _text(value).partition("=")
+def _key(*, internal: bool) -> Callable[[Any], APIKey]:
+    def parse(value: Any) -> APIKey:
+        name, equals, secret = parsers.text(value).partition("=")
         # The message must not repeat the value: it holds the key.
         if not (equals and re.fullmatch(r"[\w.-]+", name) and secret and secret.isascii() and secret.isprintable()):
             raise ValueError("NAME=KEY, the name of letters, digits, '.', '_' and '-', the key printable ASCII")
@@ -128,7 +52,7 @@ def _key(*, internal: bool) -> Callable[[Value], APIKey]:
 
 def _option(
     default: Any,
-    parse: Callable[[Value], Any],
+    parse: Parser,
     help: str,  # noqa: A002 - argparse's own word
     *,
     metavar: str = "",
@@ -145,7 +69,7 @@ class ServerConfig:
 
     model: tuple[str, ...] = _option(
         (DEFAULT_MODEL,),
-        _text,
+        parsers.text,
         "a model to serve: an id of the catalogue (see `embedserve models`), a checkpoint folder, or NAME=FOLDER to "
         "serve the folder under a name; may be given several times",
         metavar="ID|FOLDER",
@@ -153,36 +77,41 @@ class ServerConfig:
     )
     models_dir: Path | None = _option(
         None,
-        _path,
+        parsers.path,
         "where model folders lie: DIR/<organisation>/<name>, DIR/<name>, or a Hugging Face cache",
         metavar="DIR",
         group="Models",
     )
     device: str = _option(
         "auto",
-        _device,
+        parsers.device,
         "auto (the first GPU, else the CPU), cpu, cuda or cuda:N; with commas, an engine on each: cuda:0,cuda:1",
         metavar="DEVICE",
         group="Models",
     )
     dtype: str = _option(
         "auto",
-        _choice("auto", "float32", "float16", "bfloat16"),
+        parsers.choice("auto", "float32", "float16", "bfloat16"),
         "auto is float16 on a GPU and float32 on the CPU",
         metavar="auto|float32|float16|bfloat16",
         group="Models",
     )
-    threads: int = _option(0, _whole(0, 1024), "CPU threads of an engine; 0 chooses", metavar="N", group="Models")
-    max_batch_tokens: int = _option(
-        0, _whole(0, 10_000_000), "tokens in a batch; 0 chooses by device", metavar="N", group="Models"
+    threads: int = _option(
+        0, parsers.whole(0, 1024), "CPU threads of an engine; 0 chooses", metavar="N", group="Models"
     )
-    host: str = _option("127.0.0.1", _text, "the address to listen on", metavar="HOST")
-    port: int = _option(8000, _whole(0, 65535), "the port; 0 takes a free one and prints it", metavar="PORT")
+    max_batch_tokens: int = _option(
+        0, parsers.whole(0, 10_000_000), "tokens in a batch; 0 chooses by device", metavar="N", group="Models"
+    )
+    host: str = _option("127.0.0.1", parsers.text, "the address to listen on", metavar="HOST")
+    port: int = _option(8000, parsers.whole(0, 65535), "the port; 0 takes a free one and prints it", metavar="PORT")
     front_ends: int = _option(
-        0, _whole(0, 256), "HTTP processes; 0 chooses: 1 on a CPU, one for each 4 cores beside a GPU", metavar="N"
+        0,
+        parsers.whole(0, 256),
+        "HTTP processes; 0 chooses: 1 on a CPU, one for each 4 cores beside a GPU",
+        metavar="N",
     )
     shutdown_seconds: int = _option(
-        30, _whole(1, 86400), "how long requests in flight may take to finish at the end", metavar="SECONDS"
+        30, parsers.whole(1, 86400), "how long requests in flight may take to finish at the end", metavar="SECONDS"
     )
     api_key: tuple[APIKey, ...] = _option(
         (),
@@ -198,58 +127,62 @@ class ServerConfig:
     )
     api_keys_file: Path | None = _option(
         None,
-        _path,
+        parsers.path,
         "a file with a key a line, NAME=KEY or `internal NAME=KEY`; # starts a comment",
         metavar="FILE",
         group="Access",
     )
     rate_limit: int = _option(
         100,
-        _whole(0, 1_000_000),
+        parsers.whole(0, 1_000_000),
         "requests a second and client address; 0 is no limit",
         metavar="N",
         group="Access",
     )
     trusted_proxy: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = _option(
         (),
-        _network,
+        parsers.network,
         "an address or network whose X-Forwarded-For counts as the client's address",
         metavar="NETWORK",
         group="Access",
     )
     closed_discovery: bool = _option(
-        False, _flag, "ask for a key on the lists of models too", metavar="true|false", group="Access"
+        False, parsers.flag, "ask for a key on the lists of models too", metavar="true|false", group="Access"
     )
-    max_inputs: int = _option(2048, _whole(1, 1_000_000), "texts in a request", metavar="N", group="Limits")
+    max_inputs: int = _option(2048, parsers.whole(1, 1_000_000), "texts in a request", metavar="N", group="Limits")
     max_request_tokens: int = _option(
-        300_000, _whole(1, 100_000_000), "tokens in a request", metavar="N", group="Limits"
+        300_000, parsers.whole(1, 100_000_000), "tokens in a request", metavar="N", group="Limits"
     )
     max_body_bytes: int = _option(
-        32 << 20, _whole(1024, 1 << 30), "bytes of a body, also once unpacked", metavar="N", group="Limits"
+        32 << 20, parsers.whole(1024, 1 << 30), "bytes of a body, also once unpacked", metavar="N", group="Limits"
     )
     max_queue_tokens: int = _option(
         1_000_000,
-        _whole(1, 1 << 40),
+        parsers.whole(1, 1 << 40),
         "tokens that may wait; past it requests get a 503. When none wait, any request is taken",
         metavar="N",
         group="Limits",
     )
     cl100k_file: Path | None = _option(
         None,
-        _path,
+        parsers.path,
         "the cl100k_base.tiktoken vocabulary, for clients that send token arrays; looked for in TIKTOKEN_CACHE_DIR "
         "and in the installed packages litellm and llama-index-core otherwise",
         metavar="FILE",
         group="Models",
     )
     log_format: str = _option(
-        "auto", _choice(*LOG_FORMATS), "auto is text on a terminal and JSON otherwise", metavar="auto|text|json"
+        "auto", parsers.choice(*LOG_FORMATS), "auto is text on a terminal and JSON otherwise", metavar="auto|text|json"
     )
     log_level: str = _option(
-        "info", _choice("debug", "info", "warning", "error"), "the least level to log", metavar="LEVEL"
+        "info", parsers.choice("debug", "info", "warning", "error"), "the least level to log", metavar="LEVEL"
     )
-    model_settings: Mapping[str, ModelSettings] = field(default_factory=dict)
-    """By model id; only in the file."""
+    model_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By model id or alias, what is set of the fields of `ModelSettings`. These three are only in the file."""
+    aliases: Mapping[str, Alias] = field(default_factory=dict)
+    """By name."""
+    upstreams: Mapping[str, Upstream] = field(default_factory=dict)
+    """By the name under which requests are relayed there."""
 
     @property
     def keys(self) -> tuple[APIKey, ...]:
@@ -297,12 +230,8 @@ def _parse(option: dataclasses.Field[Any], values: Any, where: str) -> Any:
             return parse(values)
         return tuple(parse(value) for value in (values if isinstance(values, list) else [values]))
     except ValueError as error:
-        came = "" if option.metadata["secret"] else f", not {_show(values)}"
+        came = "" if option.metadata["secret"] else f", not {parsers.show(values)}"
         raise ConfigError(f"{where}: expected {error}{came}") from None
-
-
-def _show(value: Any) -> str:
-    return textwrap.shorten(repr(value[0] if isinstance(value, list) and len(value) == 1 else value), 80)
 
 
 def _split(text: str) -> list[str]:
@@ -314,7 +243,7 @@ def load(flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ) 
     chosen: dict[str, Any] = {}
     path = flags.get("config") or environment.get(f"{ENV_PREFIX}CONFIG")
     if path:
-        chosen |= _from_file(Path(path).expanduser())
+        chosen |= _from_file(Path(path).expanduser(), environment)
     for name, option in _OPTIONS.items():
         variable = f"{ENV_PREFIX}{name.upper()}"
         text = environment.get(variable)
@@ -338,42 +267,25 @@ def _refuse_twice(what: str, names: Sequence[str]) -> None:
             raise ConfigError(f"the {what} {name!r} is given twice")
 
 
-def _from_file(path: Path) -> dict[str, Any]:
+def _from_file(path: Path, environment: Mapping[str, str]) -> dict[str, Any]:
     try:
         content = tomllib.loads(_read(path, "--config"))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     chosen: dict[str, Any] = {}
     for name, value in content.items():
+        where = f"{path}: {name}"
         if name == "model_settings":
-            chosen[name] = _model_settings(value, path)
+            chosen[name] = read_model_settings(value, where)
+        elif name == "aliases":
+            chosen[name] = read_aliases(value, where)
+        elif name == "upstreams":
+            chosen[name] = read_upstreams(value, where, environment)
         elif name in _OPTIONS:
-            chosen[name] = _parse(_OPTIONS[name], value, f"{path}: {name}")
+            chosen[name] = _parse(_OPTIONS[name], value, where)
         else:
             raise ConfigError(f"{path}: there is no option {name!r}; `embedserve serve --help` lists them")
     return chosen
-
-
-def _model_settings(tables: Any, path: Path) -> dict[str, ModelSettings]:
-    def refuse(what: str) -> NoReturn:
-        raise ConfigError(f"{path}: model_settings: {what}")
-
-    if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
-        refuse('expected tables such as [model_settings."BAAI/bge-m3"]')
-    known = {"token_ids", "price", "currency"}
-    for name, table in tables.items():
-        for key, value in table.items():
-            if key not in known:
-                refuse(f"{name}: there is no setting {key!r}; there are {', '.join(sorted(known))}")
-            if key == "token_ids" and value not in ("cl100k", "native"):
-                refuse(f"{name}: token_ids: expected cl100k or native, not {_show(value)}")
-            if key == "price" and (
-                isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf
-            ):
-                refuse(f"{name}: price: expected a number, not {_show(value)}")
-            if key == "currency" and not (isinstance(value, str) and value):
-                refuse(f"{name}: currency: expected a text, not {_show(value)}")
-    return {name: ModelSettings(**table) for name, table in tables.items()}
 
 
 def _keys_of(path: Path) -> list[APIKey]:

@@ -9,7 +9,9 @@
     │   └── ContentEncodingError  415
     ├── AuthenticationError       401
     ├── RateLimitError            429
-    ├── OverloadedError           503: the queue is full, a model is loading, the engine restarts
+    ├── UpstreamLimitError        429, of the upstream that a model is relayed to
+    ├── OverloadedError           503: the queue is full, a model is loading, the engine restarts, an upstream is away
+    ├── UpstreamError             502: an upstream that refuses this server, or whose answer cannot be used
     └── InternalError             500, without internals
 
 The wording is part of the contract: pgai, Elasticsearch and Chroma match pieces of it.
@@ -30,6 +32,8 @@ __all__ = [
     "RateLimitError",
     "UnknownModelError",
     "UnknownURLError",
+    "UpstreamError",
+    "UpstreamLimitError",
     "invalid_input",
     "request_too_long",
     "text_too_long",
@@ -74,13 +78,19 @@ class InvalidRequestError(APIError):
 
 
 class UnknownModelError(InvalidRequestError):
-    """No model of this name is served."""
+    """No model of this name is served. `closed`: it is one of those that cannot be run here, and could be relayed."""
 
     status = 404
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, *, closed: bool = False) -> None:
+        # A client's text, and an answer is no place for a megabyte of it.
+        shown = model if len(model) <= 64 else model[:64] + "…"
+        remedy = (
+            " Its weights are not public, so it cannot run here. Whoever runs this server can relay it to an upstream "
+            f'([upstreams."{shown}"] in the settings file), or serve another model under its name ([aliases]).'
+        )
         super().__init__(
-            f"The model `{model}` does not exist or you do not have access to it.",
+            f"The model `{shown}` does not exist or you do not have access to it.{remedy if closed else ''}",
             param="model",
             code="model_not_found",
         )
@@ -174,6 +184,21 @@ class RateLimitError(APIError):
         )
 
 
+class UpstreamLimitError(APIError):
+    """The upstream of a relayed model takes no more for now; it may be asked again in `retry_after` seconds."""
+
+    status = 429
+    type = "requests"
+
+    def __init__(self, model: str, retry_after: float) -> None:
+        super().__init__(
+            f"Rate limit reached for {model}, which is relayed: its upstream takes no more requests for now. "
+            f"Please try again in {max(1, math.ceil(retry_after * 1000))}ms.",
+            code="rate_limit_exceeded",
+            headers=_retry_headers(retry_after),
+        )
+
+
 class OverloadedError(APIError):
     """Not now. `code` is one of the keys of `MESSAGES`."""
 
@@ -184,10 +209,30 @@ class OverloadedError(APIError):
         "model_loading": "The model is still being loaded. Please try again later.",
         "shutting_down": "The server is shutting down. Please try again later.",
         "engine_restarting": "The engine that runs this model is being restarted. Please try again later.",
+        "upstream_unavailable": "The upstream that this model is relayed to cannot be reached, is too slow or fails. "
+        "Please try again later.",
     }
 
     def __init__(self, code: str, retry_after: float = 1.0) -> None:
         super().__init__(self.MESSAGES[code], code=code, headers=_retry_headers(retry_after))
+
+
+class UpstreamError(APIError):
+    """The upstream of a relayed model did what asking again would not mend. `reason`: what, without its words.
+
+    A 502 even where the upstream answered 401 or 403: it means the key of this server, and clients would look for a
+    mistake in theirs.
+    """
+
+    status = 502
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"The upstream that this model is relayed to gave no answer that can be used: {reason}. "
+            "If it stays, tell whoever runs this server.",
+            code="upstream_error",
+        )
+        self.reason = reason
 
 
 class InternalError(APIError):

@@ -57,7 +57,7 @@ class ClientGoneError(Exception):
 
 @dataclass(eq=False)
 class Exchange:
-    """What is known of a request so far. Durations in seconds."""
+    """What is known of a request so far. Durations in seconds. `model` is an id, `name` what its client called it."""
 
     id: str
     started: float = field(default_factory=time.perf_counter)
@@ -65,6 +65,7 @@ class Exchange:
     key: str = ""
     user: str = ""
     model: str = ""
+    name: str = ""
     texts: int = 0
     tokens: int = 0
     truncated: int = 0
@@ -94,7 +95,7 @@ class Exchange:
         if self.model and self.status < 400:
             headers["openai-processing-ms"] = str(round(self.seconds * 1000))
             headers["openai-version"] = "2020-10-01"
-            headers["openai-model"] = self.model
+            headers["openai-model"] = self.name
         if self.truncated:
             headers["x-truncated-inputs"] = str(self.truncated)
         if self.charged is not None:
@@ -122,6 +123,8 @@ class Exchange:
         """The fields of the log line: never a text, never a key."""
         fields: dict[str, object] = {"id": self.id, "status": self.status, "ms": round(self.seconds * 1000, 1)}
         named = {"code": self.code, "key": self.key, "user": self.user, "model": self.model}
+        if self.name != self.model:
+            named["alias"] = self.name
         fields |= {name: value for name, value in named.items() if value}
         if self.texts:
             fields |= {"texts": self.texts, "tokens": self.tokens}

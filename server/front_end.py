@@ -46,7 +46,12 @@ async def serve(
     client = BrokerClient(broker)
     await client.start()
     tokenizers = TokenizerPool(TOKENIZER_THREADS)
-    endpoints = Endpoints(config, models, client, tokenizers, Vocabulary(config.cl100k_file))
+    relay = None
+    if models.relayed:
+        from embedserve.server.relay import Relay  # brings an HTTP client, which few servers need
+
+        relay = Relay()
+    endpoints = Endpoints(config, models, client, tokenizers, Vocabulary(config.cl100k_file), relay)
     server = _Server(
         uvicorn.Config(
             create_app(endpoints, client),
@@ -67,6 +72,8 @@ async def serve(
     await server.serve(sockets=[listener])
     beats.cancel()
     await client.stop()
+    if relay is not None:
+        await relay.close()
     tokenizers.close()
 
 

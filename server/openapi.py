@@ -88,7 +88,7 @@ def _embeddings(config: ServerConfig) -> Schema:
                     }
                 },
             },
-            **_errors(400, 401, 404, 413, 415, 429, 500, 503),
+            **_errors(400, 401, 404, 413, 415, 429, 500, 502, 503),
         },
         requestBody={"required": True, "content": {"application/json": {"schema": _ref("EmbeddingRequest")}}},
         **_security(config),
@@ -111,7 +111,9 @@ _MEANINGS = {
     415: "The body is packed with something other than gzip.",
     429: "Too many requests; `retry-after` tells when.",
     500: "Our own fault.",
-    503: "Not now: the queue is full, a model is loading, or an engine restarts; `retry-after` tells when.",
+    502: "The upstream of a relayed model gave no answer that can be used.",
+    503: "Not now: the queue is full, a model is loading, an engine restarts, the upstream of a relayed model is away; "
+    "`retry-after` tells when.",
 }
 
 
@@ -142,8 +144,8 @@ def _schemas(config: ServerConfig, models: ServedModels) -> Schema:
             {
                 "model": {
                     "type": "string",
-                    "description": "An id, or its last part, in any case.",
-                    "examples": [model.id for model in models],
+                    "description": "An id, its last part, or an alias, in any case.",
+                    "examples": [model.name for model in models],
                 },
                 "input": {
                     "description": f"At most {config.max_request_tokens} tokens in all. Integers are token ids: of "
@@ -196,7 +198,7 @@ def _schemas(config: ServerConfig, models: ServedModels) -> Schema:
                 "usage": _object({"prompt_tokens": integer, "total_tokens": integer}),
             }
         ),
-        "Model": _object(model),
+        "Model": _object({**model, "alias_of": string}, list(model)),
         "ModelList": _object({"object": {"const": "list"}, "data": {"type": "array", "items": _ref("Model")}}),
         "EmbeddingModel": _object(
             {

@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from embedserve.models.config import DimensionRange
-from embedserve.server.errors import InvalidRequestError, UnknownModelError, invalid_input, request_too_long
+from embedserve.server.errors import InvalidRequestError, invalid_input, request_too_long
 from embedserve.server.served import ServedModel, ServedModels
 from embedserve.server.tokenizer import Truncate
 
@@ -66,9 +66,7 @@ def parse_embedding_request(body: bytes, models: ServedModels, max_inputs: int, 
         raise InvalidRequestError("you must provide a model parameter")
     if not isinstance(name, str):
         raise _wrong_type("model", "a string", name)
-    model = models.find(name)
-    if model is None:
-        raise UnknownModelError(_shown(name))
+    model = models.get(name)
     texts, token_arrays = _input(fields.get("input"), max_inputs, max_tokens)
     encoding_format = fields.get("encoding_format")
     if encoding_format is None:
@@ -161,7 +159,7 @@ def _is_token(value: Any) -> bool:
 def _dimensions(value: Any, model: ServedModel) -> int:
     if value is None:
         return model.dimensions
-    size, trained = model.config.dimension, model.config.matryoshka
+    size, trained = model.size, model.matryoshka
     if type(value) is not int or value < 1:
         raise _wrong_dimensions(value, trained, size)
     if value == size or value == model.dimensions:

@@ -1,68 +1,171 @@
-"""The models that this server serves: from what `--model` names to settings, prompts and tokenizer. No torch."""
+"""The models that requests may name: from what the operator configured to settings, prompts and tokenizer. No torch."""
 
+import dataclasses
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from embedserve.models import catalog
 from embedserve.models.catalog import CatalogEntry
-from embedserve.models.config import ModelConfig
+from embedserve.models.config import DimensionRange, ModelConfig
 from embedserve.models.errors import ModelNotFoundError
-from embedserve.server.config import ConfigError, ModelSettings, ServerConfig
+from embedserve.server.config import Alias, ConfigError, ModelSettings, ServerConfig, Upstream
+from embedserve.server.errors import UnknownModelError
 from embedserve.server.tokenizer import Tokenizer
+from embedserve.server.upstreams import closed_model
 
-__all__ = ["ServedModel", "ServedModels", "find_models"]
+__all__ = ["LocalModel", "RelayedModel", "ServedModel", "ServedModels", "find_models"]
 
 
 @dataclass(frozen=True)
-class ServedModel:
-    """One model: everything that the front end knows of it."""
+class _Model(ABC):
+    """What an endpoint may ask of any model, wherever it runs.
+
+    id: what engines, metrics and logs call it. name: what clients call it, the id or the operator's alias.
+    settings: the operator's, under this name. created: Unix time.
+    """
 
     id: str
-    config: ModelConfig
-    entry: CatalogEntry | None
-    """What the catalogue knows; None for a folder that is not in it."""
+    name: str
     settings: ModelSettings
-    tokenizer: Tokenizer
     created: int
-    """Unix time: the weights' publication, or the folder's last change."""
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """What a request may call it, besides its id: the id's last part, and the catalogue's aliases."""
-        return (self.id.rpartition("/")[2], *(self.entry.aliases if self.entry else ()))
+    def alias_of(self) -> str | None:
+        """The id, where the name is another."""
+        return self.id if self.name != self.id else None
+
+    @property
+    def short_names(self) -> tuple[str, ...]:
+        """What a request may call the model besides, as long as it means no other."""
+        return (self.id.rpartition("/")[2],)
+
+    @property
+    def dimensions(self) -> int:
+        """The size of a vector when a request does not say."""
+        return self.settings.dimensions or self._own_dimensions
+
+    @property
+    def default_prompt(self) -> str:
+        """What is put before a text when a request does not say: nothing, unless the operator or the model's files
+        say so."""
+        name = self.settings.default_prompt_name
+        return self._own_prompt if name is None else self.prompts[name]
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """The full size of a vector."""
+
+    @property
+    @abstractmethod
+    def matryoshka(self) -> DimensionRange | None:
+        """The sizes that a vector may have besides, or None."""
+
+    @property
+    @abstractmethod
+    def prompts(self) -> Mapping[str, str]:
+        """What `input_type` and `prompt_name` put before a text, by name."""
+
+    @property
+    @abstractmethod
+    def _own_dimensions(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def _own_prompt(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class LocalModel(_Model):
+    """A model that our engines run. `created`: the weights' publication, or the folder's last change.
+
+    entry: what the catalogue knows; None for a folder that is not in it.
+    """
+
+    config: ModelConfig
+    entry: CatalogEntry | None
+    tokenizer: Tokenizer
+
+    @property
+    def short_names(self) -> tuple[str, ...]:
+        """The id's last part, and the catalogue's aliases."""
+        return (*super().short_names, *(self.entry.aliases if self.entry else ()))
+
+    @property
+    def size(self) -> int:
+        """See the base class."""
+        return self.config.dimension
+
+    @property
+    def matryoshka(self) -> DimensionRange | None:
+        """The sizes that it was trained for."""
+        return self.config.matryoshka
 
     @property
     def prompts(self) -> Mapping[str, str]:
-        """What `input_type` and `prompt_name` put before a text, by name. Where a model's files call it ``passage``,
-        the prompt of documents goes by both names."""
+        """Those of its files. Where they call it ``passage``, the prompt of documents goes by both names."""
         prompts = dict(self.config.prompts)
         if "passage" in prompts:
             prompts.setdefault("document", prompts["passage"])
         return prompts
 
     @property
-    def default_prompt(self) -> str:
-        """What is put before a text when a request does not say: nothing, unless the model's files say so."""
-        return self.config.default_prompt
+    def _own_dimensions(self) -> int:
+        return self.config.default_dimension
 
     @property
-    def dimensions(self) -> int:
-        """The size of a vector when a request does not say."""
-        return self.config.default_dimension
+    def _own_prompt(self) -> str:
+        return self.config.default_prompt
+
+
+@dataclass(frozen=True)
+class RelayedModel(_Model):
+    """A model whose requests go to an upstream. `created`: when this server began to offer it."""
+
+    upstream: Upstream
+
+    @property
+    def size(self) -> int:
+        """See the base class."""
+        return self.upstream.dimensions
+
+    @property
+    def matryoshka(self) -> DimensionRange | None:
+        """The sizes that the upstream can be asked for."""
+        return self.upstream.matryoshka
+
+    @property
+    def prompts(self) -> Mapping[str, str]:
+        """None that are known here: what the upstream does to a text is its own."""
+        return {}
+
+    @property
+    def _own_dimensions(self) -> int:
+        return self.upstream.dimensions
+
+    @property
+    def _own_prompt(self) -> str:
+        return ""
+
+
+ServedModel = LocalModel | RelayedModel
 
 
 class ServedModels:
-    """The served models by name: ids, their last parts and aliases, in any case."""
+    """The models by name: ids, their last parts and aliases, in any case."""
 
-    def __init__(self, models: Sequence[ServedModel]) -> None:
-        """Raises `ConfigError` where two models have the same id."""
+    def __init__(self, models: Sequence[ServedModel], aliases: Sequence[ServedModel] = ()) -> None:
+        """`aliases`: some of the models once more, under another name. Raises `ConfigError` where names clash."""
         self._models = tuple(models)
+        self._aliases = tuple(aliases)
         self._by_name: dict[str, ServedModel] = {}
-        short_names = [name.lower() for model in models for name in set(model.names)]
+        short_names = [name.lower() for model in models for name in set(model.short_names)]
         for model in models:
-            for name in model.names:
+            for name in model.short_names:
                 # What two models could be called means neither: a guess would give vectors of the wrong one.
                 if short_names.count(name.lower()) == 1:
                     self._by_name[name.lower()] = model
@@ -71,13 +174,30 @@ class ServedModels:
             if ids.count(model.id.lower()) > 1:
                 raise ConfigError(f"--model: two models are called {model.id!r}; name one of them: NAME=FOLDER")
             self._by_name[model.id.lower()] = model
+        for alias in aliases:
+            if (other := self._by_name.setdefault(alias.name.lower(), alias)) is not alias:
+                raise ConfigError(f"aliases: {alias.name!r} is a name of {other.id} already; choose another")
 
     def __iter__(self) -> Iterator[ServedModel]:
-        return iter(self._models)
+        """What is listed: every model, then every alias."""
+        return iter(self._models + self._aliases)
 
-    def find(self, name: str) -> ServedModel | None:
-        """The model that a request means by this name, if there is one."""
-        return self._by_name.get(name.lower())
+    @property
+    def local(self) -> tuple[LocalModel, ...]:
+        """Those that run here, once each."""
+        return tuple(model for model in self._models if isinstance(model, LocalModel))
+
+    @property
+    def relayed(self) -> tuple[RelayedModel, ...]:
+        """Those that run elsewhere, once each."""
+        return tuple(model for model in self._models if isinstance(model, RelayedModel))
+
+    def get(self, name: str) -> ServedModel:
+        """The model that a request means by this name. Raises `UnknownModelError`."""
+        model = self._by_name.get(name.lower())
+        if model is None:
+            raise UnknownModelError(name, closed=closed_model(name) is not None)
+        return model
 
 
 def find_models(config: ServerConfig) -> ServedModels:
@@ -87,33 +207,72 @@ def find_models(config: ServerConfig) -> ServedModels:
     """
     if config.models_dir is not None and not config.models_dir.is_dir():
         raise ConfigError(f"--models-dir: there is no folder {config.models_dir}")
-    models = []
-    for argument in config.model:
-        name, folder = _locate(argument, config.models_dir)
-        if not (name.isascii() and name.isprintable()):
-            raise ConfigError(f"--model: {name!r} cannot be an id, which goes into headers: use ASCII, NAME=FOLDER")
-        model_config = catalog.configure(folder, name)
-        entry = catalog.find(name)
-        models.append(
-            ServedModel(
-                id=name,
-                config=model_config,
-                entry=entry,
-                settings=config.model_settings.get(name, ModelSettings()),
-                tokenizer=Tokenizer.load(
-                    model_config.weights_folder / "tokenizer.json",
-                    max_tokens=model_config.max_tokens,
-                    lower_case=model_config.do_lower_case,
-                    bert_normalizer=model_config.bert_normalizer,
-                ),
-                created=(entry and entry.created) or int(_last_change(folder)),
-            )
-        )
-    served = ServedModels(models)
-    unknown = set(config.model_settings) - {model.id for model in served}
+    models: list[ServedModel] = [_load(argument, config.models_dir) for argument in config.model]
+    models += [_relay(name, upstream) for name, upstream in config.upstreams.items()]
+    if not models:
+        raise ConfigError("--model: expected a model to serve, or an upstream in the file of --config")
+    given = {name.lower(): settings for name, settings in config.model_settings.items()}
+    models = [_with_settings(model, given.get(model.name.lower(), {})) for model in models]
+    by_name = ServedModels(models)
+    aliases = []
+    for name, alias in config.aliases.items():
+        model = dataclasses.replace(_target(name, alias, config, by_name), name=name)
+        aliases.append(_with_settings(model, {**given.get(name.lower(), {}), **alias.settings}))
+    served = ServedModels(models, aliases)
+    names = {model.name.lower() for model in served}
+    unknown = [name for name in config.model_settings if name.lower() not in names]
     if unknown:
         raise ConfigError(f"model_settings: {', '.join(sorted(unknown))}: no such model is served")
     return served
+
+
+def _load(argument: str, models_dir: Path | None) -> LocalModel:
+    """The model that `--model` says."""
+    name, folder = _locate(argument, models_dir)
+    if not (name.isascii() and name.isprintable()):
+        raise ConfigError(f"--model: {name!r} cannot be an id, which goes into headers: use ASCII, NAME=FOLDER")
+    config = catalog.configure(folder, name)
+    entry = catalog.find(name)
+    tokenizer = Tokenizer.load(
+        config.weights_folder / "tokenizer.json",
+        max_tokens=config.max_tokens,
+        lower_case=config.do_lower_case,
+        bert_normalizer=config.bert_normalizer,
+    )
+    published = entry.created if entry else None
+    created = int(_last_change(folder)) if published is None else published
+    return LocalModel(name, name, ModelSettings(), created, config, entry, tokenizer)
+
+
+def _relay(name: str, upstream: Upstream) -> RelayedModel:
+    return RelayedModel(name, name, ModelSettings(**upstream.settings), int(time.time()), upstream)
+
+
+def _target(name: str, alias: Alias, config: ServerConfig, models: ServedModels) -> ServedModel:
+    """The model that an alias means. Raises `ConfigError`."""
+    try:
+        return models.get(alias.model)
+    except UnknownModelError:
+        pass
+    if alias.model.lower() in {other.lower() for other in config.aliases}:
+        raise ConfigError(f"aliases.{name}: {alias.model!r} is an alias itself; name the model that it stands for")
+    raise ConfigError(
+        f"aliases.{name}: no model {alias.model!r} is served; there are {', '.join(model.id for model in models)}"
+    )
+
+
+def _with_settings(model: ServedModel, given: Mapping[str, Any]) -> ServedModel:
+    """The model with the settings that the operator gave for its name, checked. Raises `ConfigError`."""
+    settings = dataclasses.replace(model.settings, **given)
+    size, prompt = settings.dimensions, settings.default_prompt_name
+    fits = size is None or size == model.size or (model.matryoshka is not None and model.matryoshka.allows(size))
+    if not fits:
+        expected = model.matryoshka or f"{model.size}, the size of {model.id}"
+        raise ConfigError(f"{model.name}: dimensions: expected {expected}, not {size}")
+    if prompt is not None and prompt not in model.prompts:
+        names = ", ".join(model.prompts) or "none"
+        raise ConfigError(f"{model.name}: default_prompt_name: {model.id} has no prompt {prompt!r}; it has {names}")
+    return dataclasses.replace(model, settings=settings)
 
 
 def _locate(argument: str, models_dir: Path | None) -> tuple[str, Path]:

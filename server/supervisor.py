@@ -75,7 +75,8 @@ class Supervisor:
         self._broker_listener.listen(128)
         self._selector = selectors.DefaultSelector()
         self._children = [_Child("broker", self._broker)]
-        devices = config.device.split(",")
+        # Where every model is relayed, there is nothing for an engine to do.
+        devices = config.device.split(",") if models.local else []
         for device, cores in zip(devices, _share_cores(devices), strict=True):
             self._children.append(_Child("engine", partial(self._engine, device, cores)))
         for _ in range(config.front_ends or _front_ends_for(config.device)):
@@ -91,7 +92,7 @@ class Supervisor:
     def _broker(self, alive: Liveness, again: bool) -> None:
         config = self._config
         self._listener.close()
-        names = [model.id for model in self._models]
+        names = [model.id for model in self._models.local]
         state = broker.Broker(
             names, max_queue_tokens=config.max_queue_tokens, rate_limit=config.rate_limit, resumed=again
         )
@@ -106,7 +107,7 @@ class Supervisor:
 
         config = self._config
         options = engine.EngineOptions(
-            models={model.id: model.config for model in self._models},
+            models={model.id: model.config for model in self._models.local},
             device=device,
             dtype=config.dtype,
             threads=config.threads or None,
@@ -369,7 +370,9 @@ def serve(config: ServerConfig) -> int:
         find_vocabulary(config.cl100k_file)  # a wrong file shall show now, not in some request
     if not config.keys and not _is_loopback(listener):
         log.warning("the server is open to the network: no --api-key is set")
-    for model in models:
+    for relayed in models.relayed:
+        log.info("relaying", extra={"model": relayed.id, "upstream": relayed.upstream.base_url})
+    for model in models.local:
         facts = {"model": model.id, "max_tokens": model.config.max_tokens}
         facts |= {"pooling": model.config.pooling, "normalize": model.config.normalize}
         log.info("serving", extra=facts)

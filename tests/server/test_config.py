@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from embedserve.server.config import APIKey, ConfigError, ModelSettings, ServerConfig, load
+from embedserve.server.config import APIKey, ConfigError, ServerConfig, load
 
 
 def test_flags_win_over_environment_over_file_over_default(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_tables_for_single_models(tmp_path: Path) -> None:
     file = tmp_path / "server.toml"
     file.write_text('[model_settings."BAAI/bge-m3"]\ntoken_ids = "native"\nprice = 0.5\n')
     settings = load({"config": str(file)}, {}).model_settings
-    assert settings == {"BAAI/bge-m3": ModelSettings("native", 0.5, "USD")}
+    assert settings == {"BAAI/bge-m3": {"token_ids": "native", "price": 0.5}}
 
 
 def test_kubernetes_variable_of_a_service_called_embedserve_is_no_port() -> None:
@@ -67,7 +67,7 @@ def test_kubernetes_variable_of_a_service_called_embedserve_is_no_port() -> None
         ({"api_key": ["a=1", "a=2"]}, {}, "", "the key name 'a' is given twice"),
         ({}, {}, "[model_settings]\nx = 1", "expected tables such as"),
         ({}, {}, '[model_settings."m"]\nprize = 1', "there is no setting 'prize'"),
-        ({}, {}, '[model_settings."m"]\ntoken_ids = "mine"', "expected cl100k or native"),
+        ({}, {}, '[model_settings."m"]\ntoken_ids = "mine"', "expected one of cl100k, native"),
     ],
 )
 def test_what_is_said_of_a_wrong_value(
