@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.models.packed import randomise
 from transformers import BertConfig, BertModel
 
 from embedserve.models.catalog import locate
@@ -35,7 +36,7 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value), encoding="utf-8")
 
 
-def write_sentence_files(folder: Path, *, pooling: str = "mean", normalize: bool = True) -> None:
+def write_sentence_files(folder: Path, *, pooling: str = "mean", normalize: bool = True, width: int = 96) -> None:
     """modules.json and 1_Pooling as sentence-transformers 6 writes them, in the boolean form of its older versions."""
     modules = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
     write_json(
@@ -52,9 +53,9 @@ def write_sentence_files(folder: Path, *, pooling: str = "mean", normalize: bool
     )
     write_json(
         folder / "1_Pooling" / "config.json",
-        {"word_embedding_dimension": 96, f"pooling_mode_{pooling}": True, "include_prompt": True}
+        {"word_embedding_dimension": width, f"pooling_mode_{pooling}": True, "include_prompt": True}
         if pooling != "mean"
-        else {"word_embedding_dimension": 96, "pooling_mode_mean_tokens": True},
+        else {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True},
     )
 
 
@@ -69,13 +70,9 @@ def tiny_bert() -> Callable[..., BertModel]:
     """Makes a transformers BertModel with random weights of a tiny shape; keywords change the configuration."""
 
     def make(**changes: Any) -> BertModel:
-        torch.manual_seed(7)
         fields = {name: value for name, value in {**TINY, **changes}.items() if name != "model_type"}
-        model = BertModel(BertConfig(**fields), add_pooling_layer=False).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                # As initialised, biases are 0 and LayerNorms 1, so that leaving one out would not show.
-                parameter.copy_(torch.randn_like(parameter) * 0.1 + ("LayerNorm.weight" in name))
+        model = BertModel(BertConfig(**fields), add_pooling_layer=False)
+        randomise(model)
         return model
 
     return make
@@ -98,7 +95,7 @@ def checkpoint(tmp_path: Path, tiny_bert: Callable[..., BertModel]) -> Callable[
         folder = tmp_path / "model"
         merged = {name: value for name, value in {**TINY, **(config or {})}.items() if value is not None}
         write_json(folder / "config.json", merged)
-        write_sentence_files(folder, pooling=pooling, normalize=normalize)
+        write_sentence_files(folder, pooling=pooling, normalize=normalize, width=merged["hidden_size"])
         save_file(tensors if tensors is not None else dict(tiny_bert().state_dict()), folder / "model.safetensors")
         return folder
 

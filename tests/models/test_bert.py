@@ -1,4 +1,4 @@
-"""Our packed BERT against transformers' BertModel on tiny random weights, and strict reading of weights."""
+"""Our packed BERT against transformers' on random weights, tiny and at true width; strict reading of weights."""
 
 import json
 import pickle
@@ -6,43 +6,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.models.packed import expected_states, largest_difference, load, random_texts, states_of
 from transformers import BertModel
 
-from embedserve.kernels import dispatch
 from embedserve.models import registry
-from embedserve.models.batch import PackedBatch, PackedRows
 from embedserve.models.bert import Bert
-from embedserve.models.config import read_config
 from embedserve.models.errors import CheckpointError
 
 Checkpoint = Callable[..., Path]
 MakeBert = Callable[..., BertModel]
-LENGTHS = [1, 5, 60, 5, 17]
+
+# One layer at the true width.
+BGE_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 1}
+BGE_BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 1}
+BGE_SMALL_EN = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 12, "num_hidden_layers": 1}
+BGE_SMALL_ZH = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_hidden_layers": 1}
 
 
-def load(folder: Path, *, reference: bool = False) -> Bert:
-    cpu = torch.device("cpu")
-    kernels = dispatch.choose(cpu, torch.float32, reference=reference)
-    return Bert(read_config(folder), cpu, torch.float32, kernels)
-
-
-def rows(lengths: list[int] = LENGTHS, vocab: int = 101) -> tuple[PackedRows, list[torch.Tensor]]:
-    generator = np.random.default_rng(1)
-    texts = [generator.integers(0, vocab, length, dtype=np.int32) for length in lengths]
-    packed = PackedRows.pack(np.concatenate(texts), np.array(lengths, dtype=np.int32))
-    return packed, [torch.from_numpy(texts[index]).long() for index in packed.order]
-
-
-@torch.inference_mode()
-def largest_difference(ours: Bert, theirs: BertModel, lengths: list[int] = LENGTHS) -> float:
-    packed, texts = rows(lengths)
-    found = torch.split(ours(PackedBatch.on_cpu(packed)), packed.lengths.tolist())
-    expected = [theirs(input_ids=text[None]).last_hidden_state[0] for text in texts]
-    return max((a - b).abs().max().item() for a, b in zip(found, expected, strict=True))
+def difference(folder: Path, theirs: BertModel, *, reference: bool = False) -> float:
+    texts = random_texts(first=0)
+    return largest_difference(states_of(load(folder, reference=reference), texts), expected_states(theirs, texts))
 
 
 @pytest.mark.parametrize(
@@ -56,6 +42,10 @@ def largest_difference(ours: Bert, theirs: BertModel, lengths: list[int] = LENGT
         {"type_vocab_size": 1},
         {"layer_norm_eps": 1e-3},
         {"num_hidden_layers": 1, "intermediate_size": 5},
+        pytest.param(BGE_LARGE, id="one layer of bge-large"),
+        pytest.param(BGE_BASE, id="one layer of bge-base"),
+        pytest.param(BGE_SMALL_EN, id="one layer of bge-small-en"),
+        pytest.param(BGE_SMALL_ZH, id="one layer of bge-small-zh"),
     ],
     ids=str,
 )
@@ -65,12 +55,12 @@ def test_states_are_those_of_transformers(
 ) -> None:
     theirs = tiny_bert(**changes)
     folder = checkpoint(config=changes, tensors=dict(theirs.state_dict()))
-    assert largest_difference(load(folder, reference=reference), theirs) < 2e-5
+    assert difference(folder, theirs, reference=reference) < 1e-5
 
 
 def test_the_activation_matters_to_this_comparison(checkpoint: Checkpoint, tiny_bert: MakeBert) -> None:
     folder = checkpoint(config={"hidden_act": "relu"})
-    assert largest_difference(load(folder), tiny_bert()) > 1e-2
+    assert difference(folder, tiny_bert()) > 1e-2
 
 
 def old_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -107,13 +97,13 @@ def test_forms_of_checkpoints_give_the_same_states(
 ) -> None:
     theirs = tiny_bert()
     folder = checkpoint(tensors=form(dict(theirs.state_dict())))
-    assert largest_difference(load(folder), theirs) < 2e-5
+    assert difference(folder, theirs) < 1e-5
 
 
 def test_half_precision_weights_run_in_float32(checkpoint: Checkpoint, tiny_bert: MakeBert) -> None:
     theirs = tiny_bert().half().float()
     folder = checkpoint(tensors=half(dict(theirs.state_dict())))
-    assert largest_difference(load(folder), theirs) < 2e-5
+    assert difference(folder, theirs) < 1e-5
 
 
 def shard(folder: Path) -> Path:
@@ -136,7 +126,7 @@ def shard(folder: Path) -> Path:
 def test_sharded_weights(checkpoint: Checkpoint, tiny_bert: MakeBert) -> None:
     folder = checkpoint()
     shard(folder)
-    assert largest_difference(load(folder), tiny_bert()) < 2e-5
+    assert difference(folder, tiny_bert()) < 1e-5
 
 
 def test_a_missing_shard_is_named(checkpoint: Checkpoint) -> None:
