@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from embedserve.models.config import DimensionRange, ModelConfig, Pooling, read_config, refuse_excluded_prompts
-from embedserve.models.errors import ModelNotFoundError
+from embedserve.models.errors import CheckpointError, ModelNotFoundError
 
 
 @dataclass(frozen=True)
@@ -305,12 +305,19 @@ def configure(folder: Path, name: str) -> ModelConfig:
 
     So a raw snapshot of a known model, without sentence-transformers' files, pools as it was trained. Vectors of known
     models are normalised whatever their files say: OpenAI's are, clients take the inner product for the cosine, and
-    snapshots of one model differ in it (jina-embeddings-v2). Raises CheckpointError.
+    snapshots of one model differ in it (jina-embeddings-v2).
+
+    Raises CheckpointError, also where the folder holds another architecture than the known model has.
     """
     config = read_config(folder)
     entry = find(name)
     if entry is None:
         return config
+    if config.family != entry.family:
+        raise CheckpointError(
+            f"{config.weights_folder / 'config.json'}: describes a model of the family {config.family}, but {entry.id} "
+            f"is one of {entry.family}; serve the folder under another name, or copy the right one"
+        )
     known: dict[str, Any] = {
         "pooling": entry.pooling,
         "max_tokens": min(entry.max_tokens, config.max_tokens),
@@ -320,7 +327,9 @@ def configure(folder: Path, name: str) -> ModelConfig:
         config,
         **{name: value for name, value in known.items() if name in config.assumed},
         normalize=True,
-        matryoshka=config.matryoshka or entry.matryoshka,
+        matryoshka=config.matryoshka or (entry.matryoshka if config.dimension == entry.dimensions else None),
+        instruction=config.instruction or entry.instruction,
+        append_token_ids=config.append_token_ids or entry.append_token_ids,
         stored_dtype=config.stored_dtype or entry.stored_dtype,
         assumed=config.assumed - {*known, "normalize"},
     )

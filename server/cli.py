@@ -4,20 +4,24 @@ What needs torch or another heavy library is imported by the function of the com
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import NoReturn
 
 # Before numpy comes in: its BLAS would start a thread a core in processes that never multiply matrices, and a process
 # with threads is not safe to fork.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from embedserve.models import catalog
+from embedserve.models import bundle, hub
 from embedserve.models.errors import ModelError
-from embedserve.server import config, log, supervisor
+from embedserve.models.manifest import Manifest
+from embedserve.models.progress import size
+from embedserve.server import config, log, model_list, supervisor
 from embedserve.server.config import ConfigError
 from embedserve.server.token_arrays import VocabularyError
 from embedserve.server.tokenizer import TokenizerError
@@ -30,6 +34,13 @@ Serve embedding models behind OpenAI's embeddings API.
   embedserve serve                            the small model that comes with the [demo] extra, on 127.0.0.1:8000
   embedserve serve --model BAAI/bge-base-en-v1.5 --models-dir /models
   embedserve models                           what can be served
+  embedserve selftest BAAI/bge-base-en-v1.5   whether it gives the vectors that it should
+
+Into a network without access to the hub:
+
+  embedserve pull BAAI/bge-m3 --to models     on a machine with access
+  embedserve pack models -o models.tar        one file to carry, with a SHA-256 for each file in it
+  embedserve unpack models.tar --to /models   checks all of them on the way
 """
 
 _SERVE_EPILOG = """\
@@ -109,31 +120,135 @@ def _settings(options: argparse.Namespace) -> config.ServerConfig:
 
 
 def _models_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="all that is known of each, as a JSON array")
     config.add_options(parser, ["models_dir"])
 
 
 def _models(options: argparse.Namespace) -> int:
-    print(_table(_settings(options)))
+    models_dir = _settings(options).models_dir
+    if models_dir is not None and not models_dir.is_dir():
+        raise ConfigError(f"--models-dir: there is no folder {models_dir}")
+    if options.json:
+        print(json.dumps(model_list.describe(models_dir), indent=2, ensure_ascii=False))
+    else:
+        print(model_list.table(models_dir))
     return 0
 
 
-def _table(settings: config.ServerConfig) -> str:
-    """The catalogue: a line a model, and whether its files are here. Raises `ConfigError`."""
-    if settings.models_dir is not None and not settings.models_dir.is_dir():
-        raise ConfigError(f"--models-dir: there is no folder {settings.models_dir}")
-    rows = [("MODEL", "DIMENSIONS", "MAX TOKENS", "LANGUAGES", "LICENCE", "FILES")]
-    for entry in catalog.CATALOG:
-        try:
-            files = str(catalog.locate(entry.id, settings.models_dir))
-        except ModelError:
-            files = "not here"
-        rows.append(
-            (entry.id, str(entry.dimensions), str(entry.max_tokens), ", ".join(entry.languages), entry.licence, files)
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
+# ----------------------------------------------------------------------------------------------------------- selftest
+
+_SELFTEST_EPILOG = """\
+Published values are those of other implementations: the models' own READMEs, and the tests of sentence-transformers,
+fastembed and Text Embeddings Inference. Where none is known of a model, only what must hold of every model is checked:
+a text alone and in a batch, the same batch twice, norms, truncation, half precision against float32. Exit status 1
+where a check failed.
+"""
+
+
+def _selftest_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="as --model of `embedserve serve` takes it")
+    parser.add_argument("--json", action="store_true", help="a JSON line for each check")
+    config.add_options(parser, ["models_dir", "device", "dtype", "threads"])
+
+
+def _selftest(options: argparse.Namespace) -> int:
+    from embedserve.server import selftest
+
+    return selftest.main(_settings(options), options.model, as_json=options.json)
+
+
+# ----------------------------------------------------------------------------------------- models for closed networks
+
+
+def _target_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--to",
+        type=Path,
+        metavar="DIR",
+        default=Path(os.environ.get(f"{config.ENV_PREFIX}MODELS_DIR") or "models"),
+        help=f"the models directory; a model gets the folder of its id in it [{config.ENV_PREFIX}MODELS_DIR; default "
+        "models]",
     )
+
+
+def _pull_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a name of the catalogue, or <organisation>/<name> of the hub")
+    _target_options(parser)
+    parser.add_argument(
+        "--revision",
+        metavar="REVISION",
+        help="a commit, tag or branch; default: the catalogue's commit, main for other models",
+    )
+    parser.add_argument("--onnx", action="store_true", help="the ONNX graphs too")
+
+
+def _pull(options: argparse.Namespace) -> int:
+    place = hub.pull(options.model, options.to, revision=options.revision, onnx=options.onnx, tell=_tell)
+    _tell(f"serve it with: embedserve serve --models-dir {options.to} --model {place.relative_to(options.to)}")
+    return 0
+
+
+def _tell(line: str) -> None:
+    # At once, so that it stands before the progress bar of standard error.
+    print(line, flush=True)
+
+
+def _convert_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a model's folder with pytorch_model.bin in it")
+    parser.add_argument("--remove", action="store_true", help="remove the pickles afterwards")
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from embedserve.models import convert  # torch
+
+    done = convert.convert_folder(options.folder, remove=options.remove)
+    for conversion in done:
+        _tell(f"{conversion.source} → {conversion.target}")
+    if not done:
+        _tell(f"nothing to do: {options.folder} holds no pickle without safetensors beside it")
+    return 0
+
+
+def _pack_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a model's folder, or a directory of them")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the bundle to write")
+    parser.add_argument("--model", metavar="ID", help="the id of a single folder, where its place does not tell")
+    parser.add_argument("--force", action="store_true", help="replace a file that is already there")
+
+
+def _pack(options: argparse.Namespace) -> int:
+    for manifest in bundle.pack(options.folder, options.output, model=options.model, force=options.force):
+        _tell(_line(manifest))
+    _tell(f"{options.output}  {size(options.output.stat().st_size)}")
+    return 0
+
+
+def _verify_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, metavar="DIR|BUNDLE", help="a model's folder, a directory of them, a bundle")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    faults = bundle.verify(options.path)
+    for model, lines in faults.items():
+        for line in lines or ["OK"]:
+            _tell(f"{model or options.path}: {line}")
+    return 1 if any(faults.values()) else 0
+
+
+def _unpack_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="what `embedserve pack` wrote")
+    _target_options(parser)
+
+
+def _unpack(options: argparse.Namespace) -> int:
+    for manifest in bundle.unpack(options.bundle, options.to):
+        _tell(_line(manifest))
+    return 0
+
+
+def _line(manifest: Manifest) -> str:
+    revision = f", revision {manifest.revision}" if manifest.revision else ""
+    return f"{manifest.model}  {len(manifest.files)} files, {size(manifest.size)}{revision}"
 
 
 # ----------------------------------------------------------------------------------------------------------- commands
@@ -141,6 +256,14 @@ def _table(settings: config.ServerConfig) -> str:
 COMMANDS = {
     "serve": Command("serve models over HTTP", config.add_options, _serve, _SERVE_EPILOG),
     "models": Command("list what can be served", _models_options, _models),
+    "selftest": Command(
+        "compare a model's vectors with published ones", _selftest_options, _selftest, _SELFTEST_EPILOG
+    ),
+    "pull": Command("get a model from the Hugging Face hub", _pull_options, _pull),
+    "convert": Command("turn a folder's pickled weights into safetensors", _convert_options, _convert),
+    "pack": Command("put models into one file, with checksums", _pack_options, _pack),
+    "verify": Command("check models or a bundle against their checksums", _verify_options, _verify),
+    "unpack": Command("take models out of a bundle, checking them", _unpack_options, _unpack),
 }
 
 

@@ -225,6 +225,34 @@ def test_known_models_are_normalised_whatever_their_files_say(tmp_path: Path, mi
     assert configure(tmp_path, "all-MiniLM-L6-v2").normalize
 
 
+def test_qwen3_gets_its_template_its_last_token_and_its_range(tmp_path: Path) -> None:
+    plain = {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "vocab_size": 151669,
+        "hidden_size": 1024,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(plain))
+    config = configure(tmp_path, "qwen3-embedding-0.6b")
+    assert (config.pooling, config.max_tokens, config.append_token_ids) == ("last", 32768, (151643,))
+    assert config.instruction == "Instruct: {instruction}\nQuery:"
+    assert config.prompts == {"query": QWEN3, "document": ""}
+    assert str(config.matryoshka) == "32 to 1024"
+
+
+def test_a_folder_of_another_architecture_is_not_served_under_a_known_name(minilm: Path) -> None:
+    with pytest.raises(CheckpointError, match="family bert, but jinaai/jina-embeddings-v2-base-en is one of jina_bert"):
+        configure(minilm, "jina-embeddings-v2-base-en")
+
+
 def test_the_files_win_over_the_catalogue(minilm: Path) -> None:
     config = configure(minilm, "BAAI/bge-small-en-v1.5")
     assert (config.pooling, config.max_tokens) == ("mean", 256)
