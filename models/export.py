@@ -52,8 +52,7 @@ _INSTALL = (
 class Exported:
     """What came out: the graph's file, and how far it is from its source.
 
-    largest_difference: of a token's states, relative to their norm. smallest_cosine: between vectors of a text. cut:
-    whether the texts were cut to the model's length.
+    largest_difference: of a token's states, relative to their norm. smallest_cosine: between the vectors of a text.
     """
 
     file: Path
@@ -286,7 +285,7 @@ def _embed(backend: Backend, config: ModelConfig, batch: PackedBatch) -> tuple[T
 def _compare(expected: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> tuple[float, float]:
     """(largest difference of a token relative to its norm, smallest cosine of a text)."""
     differences = (found[0] - expected[0]).norm(dim=1) / expected[0].norm(dim=1)
-    cosines = (found[1] * expected[1]).sum(dim=1)
+    cosines = (found[1].double() * expected[1].double()).sum(dim=1)
     return differences.max().item(), cosines.min().item()
 
 

@@ -17,7 +17,7 @@ from typing import NoReturn
 # with threads is not safe to fork.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from embedserve.models import bundle, hub
+from embedserve.models import bundle, catalog, hub
 from embedserve.models.errors import ModelError
 from embedserve.models.manifest import Manifest
 from embedserve.models.progress import size
@@ -157,6 +157,41 @@ def _selftest(options: argparse.Namespace) -> int:
     return selftest.main(_settings(options), options.model, as_json=options.json)
 
 
+# ------------------------------------------------------------------------------------------------------------- export
+
+_EXPORT_EPILOG = """\
+Needs optimum, in an environment of its own: pip install "embedserve[export]". The graph is compared with the model that
+it was made from, on texts of 1 to 512 random tokens, and thrown away if the cosine between two vectors is below 0.9999
+(with --fp16 0.999). Serve it with --backend onnx.
+"""
+
+
+def _export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="as --model of `embedserve serve` takes it")
+    parser.add_argument("--to", choices=["onnx"], required=True, help="the format")
+    parser.add_argument("--fp16", action="store_true", help="weights and arithmetic in float16, for GPUs")
+    parser.add_argument("--optimize", action="store_true", help="ONNX Runtime's fused operators, for BERT and its kin")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="DIR", help="where to write the graph; default: the model's folder onnx"
+    )
+    config.add_options(parser, ["models_dir"])
+
+
+def _export(options: argparse.Namespace) -> int:
+    from embedserve.models import export
+
+    folder = catalog.locate(options.model, _settings(options).models_dir)
+    made = export.export(
+        catalog.configure(folder, options.model),
+        half=options.fp16,
+        optimize=options.optimize,
+        output=options.output,
+        progress=_tell,
+    )
+    _tell(str(made))
+    return 0
+
+
 # ----------------------------------------------------------------------------------------- models for closed networks
 
 
@@ -259,6 +294,7 @@ COMMANDS = {
     "selftest": Command(
         "compare a model's vectors with published ones", _selftest_options, _selftest, _SELFTEST_EPILOG
     ),
+    "export": Command("make an ONNX graph of a model", _export_options, _export, _EXPORT_EPILOG),
     "pull": Command("get a model from the Hugging Face hub", _pull_options, _pull),
     "convert": Command("turn a folder's pickled weights into safetensors", _convert_options, _convert),
     "pack": Command("put models into one file, with checksums", _pack_options, _pack),
