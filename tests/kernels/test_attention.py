@@ -1,10 +1,13 @@
-"""Packed attention: each row attends to itself alone, in both directions, whatever stands beside it."""
+"""Packed attention: each row attends to itself alone, whatever stands beside it; with and without ALiBi."""
 
 import itertools
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
+from embedserve.kernels import attention
+from embedserve.kernels.alibi import alibi_slopes
 from embedserve.kernels.attention import Attend, Layout, attend_by_runs, attend_padded, attend_varlen
 
 LENGTHS = [[1], [5], [1, 1, 1], [5, 123], [2, 2, 7, 7, 7, 96, 97, 97, 300], [128] * 3]
@@ -22,56 +25,121 @@ def layout_of(lengths: list[int], device: str = "cpu") -> Layout:
     return Layout(cu.to(device), rows_of.to(device), positions.to(device), max(lengths), tuple(runs))
 
 
-def exact(qkv: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+def exact(qkv: torch.Tensor, lengths: list[int], slopes: torch.Tensor | None = None) -> torch.Tensor:
     """The formula, row by row, in float64."""
     outputs = []
     for row in torch.split(qkv.double(), lengths):
         q, k, v = row.permute(1, 2, 0, 3)
-        weights = torch.softmax(q @ k.transpose(1, 2) / row.shape[-1] ** 0.5, dim=-1)
-        outputs.append((weights @ v).permute(1, 0, 2).flatten(1))
+        scores = q @ k.transpose(1, 2) / row.shape[-1] ** 0.5
+        if slopes is not None:
+            index = torch.arange(len(row), dtype=torch.float64)
+            scores -= slopes.double()[:, None, None] * (index[:, None] - index).abs()
+        outputs.append((torch.softmax(scores, dim=-1) @ v).permute(1, 0, 2).flatten(1))
     return torch.cat(outputs)
 
 
 @pytest.mark.parametrize("attend", [attend_by_runs, attend_padded])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("head_dim", [32, 64, 7])
-def test_attention_is_its_formula(attend: Attend, lengths: list[int], head_dim: int) -> None:
+@pytest.mark.parametrize("alibi", [False, True], ids=["plain", "alibi"])
+def test_attention_is_its_formula(attend: Attend, lengths: list[int], head_dim: int, alibi: bool) -> None:
     torch.manual_seed(0)
     qkv = torch.randn(sum(lengths), 3, 3, head_dim)
-    found = attend(*qkv.unbind(1), layout_of(lengths))
+    slopes = alibi_slopes(3, qkv.device) if alibi else None
+    found = attend(*qkv.unbind(1), layout_of(lengths), slopes=slopes)
     assert found.shape == (sum(lengths), 3 * head_dim)
-    assert (found.double() - exact(qkv, lengths)).abs().max() < 5e-6
+    assert (found.double() - exact(qkv, lengths, slopes)).abs().max() < 5e-6
 
 
 @pytest.mark.parametrize("attend", [attend_by_runs, attend_padded])
-def test_a_broken_row_leaves_its_neighbours_alone(attend: Attend) -> None:
+@pytest.mark.parametrize("alibi", [False, True], ids=["plain", "alibi"])
+def test_a_broken_row_leaves_its_neighbours_alone(attend: Attend, alibi: bool) -> None:
     lengths = [4, 4, 9]
     qkv = torch.randn(17, 3, 2, 8)
-    clean = attend(*qkv.unbind(1), layout_of(lengths))
+    slopes = alibi_slopes(2, qkv.device) if alibi else None
+    clean = attend(*qkv.unbind(1), layout_of(lengths), slopes=slopes)
     qkv[5] = float("nan")
-    found = attend(*qkv.unbind(1), layout_of(lengths))
+    found = attend(*qkv.unbind(1), layout_of(lengths), slopes=slopes)
     assert found[4:8].isnan().any()
     assert torch.equal(found[:4], clean[:4])
     assert torch.equal(found[8:], clean[8:])
+
+
+@pytest.mark.parametrize(
+    ("heads", "expected"),
+    [
+        (1, [2**-8]),
+        (2, [2**-4, 2**-8]),
+        (3, [2**-4, 2**-8, 2**-2]),
+        (8, [2**-1, 2**-2, 2**-3, 2**-4, 2**-5, 2**-6, 2**-7, 2**-8]),
+        (12, [2.0 ** -(head + 1) for head in range(8)] + [0.70710678, 0.35355339, 0.17677670, 0.08838835]),
+        (16, [2 ** (-(head + 1) / 2) for head in range(16)]),
+    ],
+)
+def test_slopes(heads: int, expected: list[float]) -> None:
+    assert alibi_slopes(heads, torch.device("cpu")).tolist() == pytest.approx(expected, rel=1e-7)
+
+
+def largest_allocation(attend: Attend, tokens: int) -> int:
+    """Bytes of the largest piece of memory that attention with ALiBi takes for one row, 4 heads of 16."""
+    qkv = torch.randn(tokens, 3, 4, 16)
+    slopes = alibi_slopes(4, qkv.device)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+        attend(*qkv.unbind(1), layout_of([tokens]), slopes=slopes)
+    return max(event.cpu_memory_usage for event in recorded.events())
+
+
+def test_alibi_of_long_texts_takes_no_square_of_memory() -> None:
+    # The whole bias would be 4 · 4096² floats, 256 MiB.
+    assert largest_allocation(attend_by_runs, 4096) <= 4 << 20
+
+
+def test_padded_alibi_goes_by_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_LARGEST_BIAS", 4 * 1000 * 300)
+    assert largest_allocation(attend_padded, 1000) <= 4 * 4 * 1000 * 300
+    lengths = [3, 77, 130]
+    qkv = torch.randn(sum(lengths), 3, 4, 16)
+    slopes = alibi_slopes(4, qkv.device)
+    # 26 queries at a time, and 1, where even one is over the bound.
+    for bound in (3 * 4 * 130 * 26, 1):
+        monkeypatch.setattr(attention, "_LARGEST_BIAS", bound)
+        found = attend_padded(*qkv.unbind(1), layout_of(lengths), slopes=slopes)
+        assert (found.double() - exact(qkv, lengths, slopes)).abs().max() < 5e-6
+
+
+@pytest.mark.parametrize("attend", [attend_by_runs, attend_padded, attend_varlen])
+def test_alibi_together_with_causal_or_grouped_attention_is_refused(attend: Attend) -> None:
+    q, k, v = torch.randn(3, 5, 4, 16).unbind(0)
+    slopes = alibi_slopes(4, q.device)
+    with pytest.raises(ValueError, match="ALiBi"):
+        attend(q, k, v, layout_of([5]), causal=True, slopes=slopes)
+    with pytest.raises(ValueError, match="ALiBi"):
+        attend(q, k[:, :2], v[:, :2], layout_of([5]), slopes=slopes)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_varlen_attention_agrees_with_the_formula(dtype: torch.dtype, lengths: list[int]) -> None:
+@pytest.mark.parametrize("alibi", [False, True], ids=["plain", "alibi"])
+def test_varlen_attention_agrees_with_the_formula(dtype: torch.dtype, lengths: list[int], alibi: bool) -> None:
     torch.manual_seed(0)
     qkv = torch.randn(sum(lengths), 3, 3, 64).to("cuda", dtype)
-    found = attend_varlen(*qkv.unbind(1), layout_of(lengths, "cuda"))
+    slopes = alibi_slopes(3, qkv.device) if alibi else None
+    found = attend_varlen(*qkv.unbind(1), layout_of(lengths, "cuda"), slopes=slopes)
     tolerance = 4e-3 if dtype == torch.float16 else 3e-2
-    assert (found.double().cpu() - exact(qkv.cpu(), lengths)).abs().max() < tolerance
+    expected = exact(qkv.cpu(), lengths, None if slopes is None else slopes.cpu())
+    assert (found.double().cpu() - expected).abs().max() < tolerance
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_padded_attention_on_cuda_agrees_with_the_formula(lengths: list[int]) -> None:
+@pytest.mark.parametrize("alibi", [False, True], ids=["plain", "alibi"])
+def test_padded_attention_on_cuda_agrees_with_the_formula(lengths: list[int], alibi: bool) -> None:
     torch.manual_seed(0)
     qkv = torch.randn(sum(lengths), 3, 3, 64, device="cuda")
-    found = attend_padded(*qkv.unbind(1), layout_of(lengths, "cuda"))
-    assert (found.double().cpu() - exact(qkv.cpu(), lengths)).abs().max() < 2e-5
+    slopes = alibi_slopes(3, qkv.device) if alibi else None
+    found = attend_padded(*qkv.unbind(1), layout_of(lengths, "cuda"), slopes=slopes)
+    expected = exact(qkv.cpu(), lengths, None if slopes is None else slopes.cpu())
+    assert (found.double().cpu() - expected).abs().max() < 2e-5
