@@ -87,6 +87,10 @@ class Weights:
                 )
             self._source[name] = file
 
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a tensor of this name (without prefix)."""
+        return self._prefix + name in self._source
+
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return tensor `name` (without prefix) in its stored dtype, on the CPU: a view of the mapped file.
 
