@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from embedserve.kernels import dispatch
-from embedserve.kernels.activation import ACTIVATIONS
+from embedserve.kernels.activation import ACTIVATIONS, swiglu
 from embedserve.kernels.linear import OneDnnLinear, TorchLinear
-from embedserve.kernels.norm import add_layer_norm, layer_norm
+from embedserve.kernels.norm import add_layer_norm, layer_norm, rms_norm
 
 ROWS = [1, 5, 123, 1000]
 
@@ -39,14 +39,15 @@ def test_the_two_gelus_differ() -> None:
 
 @pytest.mark.parametrize("implementation", [TorchLinear, OneDnnLinear])
 @pytest.mark.parametrize("activation", [None, *sorted(ACTIVATIONS)])
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("rows", ROWS)
 def test_linear_is_its_formula(
-    implementation: type[TorchLinear] | type[OneDnnLinear], activation: str | None, rows: int
+    implementation: type[TorchLinear] | type[OneDnnLinear], activation: str | None, biased: bool, rows: int
 ) -> None:
     if implementation is OneDnnLinear and not OneDnnLinear.available():
         pytest.skip("this build of torch has no oneDNN")
-    x, weight, bias = torch.randn(rows, 123), torch.randn(77, 123), torch.randn(77)
-    expected = x.double() @ weight.double().T + bias.double()
+    x, weight, bias = torch.randn(rows, 123), torch.randn(77, 123), torch.randn(77) if biased else None
+    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     if activation is not None:
         expected = exact_activation(expected, activation)
     found = implementation(weight, bias, activation)(x)
@@ -63,6 +64,40 @@ def test_layer_norm_after_a_sum_is_its_formula(rows: int) -> None:
     expected = deviation / (deviation.square().mean(1, keepdim=True) + 1e-5).sqrt() * weight.double() + bias.double()
     assert (layer_norm(x + residual, weight, bias, 1e-5).double() - expected).abs().max() < 1e-5
     assert (add_layer_norm(x, residual, weight, bias, 1e-5).double() - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 123), (1000, 123), (5, 3, 16), (123, 24, 128)])
+def test_rms_norm_is_its_formula(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The last axis alone, each head with its own weight."""
+    x = (torch.randn(shape) * torch.logspace(-3, 2, shape[0])[(...,) + (None,) * (len(shape) - 1)]).to(dtype)
+    weight = torch.randn(shape[1:]).to(dtype)
+    exact = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double()
+    found = rms_norm(x, weight, 1e-6)
+    assert found.dtype == dtype
+    # Half precision rounds twice: before the product with the weight, and after it.
+    assert torch.allclose(found.double(), exact, rtol=2.1 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_rms_norm_reads_a_strided_view_and_leaves_it() -> None:
+    wide = torch.randn(5, 10, 16)
+    before = wide.clone()
+    weight = torch.randn(7, 16)
+    assert torch.equal(rms_norm(wide[:, :7], weight, 1e-6), rms_norm(wide[:, :7].contiguous(), weight, 1e-6))
+    assert torch.equal(wide, before)
+
+
+def test_rms_norm_does_not_overflow_in_half_precision() -> None:
+    x = torch.full((1, 64), 1000.0, dtype=torch.float16)  # its square is more than float16 holds
+    assert torch.equal(rms_norm(x, torch.ones(64, dtype=torch.float16), 1e-6), torch.ones(1, 64, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_swiglu_is_its_formula(rows: int) -> None:
+    x = torch.randn(rows, 2 * 77) * 4
+    gate, up = x.double()[:, :77], x.double()[:, 77:]
+    assert (swiglu(x).double() - gate / (1 + torch.exp(-gate)) * up).abs().max() < 2e-5
+    assert (swiglu(x).double() - up / (1 + torch.exp(-up)) * gate).abs().max() > 1e-2
 
 
 def test_the_cpu_takes_onednn_and_the_override_takes_plain_torch() -> None:
