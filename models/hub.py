@@ -216,6 +216,10 @@ def _alone(staging: Path) -> Iterator[None]:
         yield
 
 
+class _CutOffError(HubError):
+    """The network failed: what arrived until then can be gone on with."""
+
+
 class _Hub:
     """One revision of one repository: its commit, its files, and how to fetch them."""
 
@@ -255,15 +259,28 @@ class _Hub:
 
         # Not hf_hub_download: since huggingface_hub 2 it begins an interrupted file anew, which on a slow line means
         # never to have 16 GB. Bytes as they are: a compressed answer cannot be gone on with in the middle.
-        with self._explained(f"{self.repository}: {name}", self.commit):
-            http_get(
-                hf_hub_url(self.repository, name, revision=self.commit, endpoint=self.endpoint),
-                file,
-                resume_size=file.tell(),
-                headers={**build_hf_headers(), "Accept-Encoding": "identity"},
-                expected_size=self.files[name].size,
-                displayed_filename=name,
-            )
+        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+        url, expected = (
+            hf_hub_url(self.repository, name, revision=self.commit, endpoint=self.endpoint),
+            self.files[name],
+        )
+        while True:
+            start = file.tell()
+            try:
+                with self._explained(f"{self.repository}: {name}", self.commit):
+                    http_get(
+                        url,
+                        file,
+                        resume_size=start,
+                        headers=headers,
+                        expected_size=expected.size,
+                        displayed_filename=name,
+                    )
+                return
+            except _CutOffError:
+                # huggingface_hub 1 goes on by itself; before, it gave up when an answer ended early.
+                if not start < file.tell() < expected.size:
+                    raise
 
     @contextmanager
     def _explained(self, what: str, revision: str | None) -> Iterator[None]:
@@ -297,9 +314,9 @@ class _Hub:
         except transport as error:
             raise self._unreachable(what, error) from error
 
-    def _unreachable(self, what: str, error: Exception) -> HubError:
+    def _unreachable(self, what: str, error: Exception) -> _CutOffError:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        return HubError(
+        return _CutOffError(
             f"{what} cannot be had from {self.endpoint} ({reason}); check the network and HTTPS_PROXY, set HF_ENDPOINT "
             "for a mirror, and pull again: it goes on where it stopped"
         )
