@@ -53,7 +53,7 @@ def embed_all(runner: Runner, tokenizer: Tokenizer, texts: list[str]) -> np.ndar
     while row < len(lengths):
         start = int(ends[row - 1]) if row else 0
         last = max(row + 1, int(np.searchsorted(ends, start + bound, side="right")))
-        found, _ = runner.run(ids[start : ends[last - 1]], lengths[row:last], dimensions[row:last])
+        found = runner.run(ids[start : ends[last - 1]], lengths[row:last], dimensions[row:last]).dense
         vectors.append(found)
         row = last
     return np.concatenate(vectors)

@@ -84,6 +84,22 @@ class PackedRows:
         mask[self.rows, self.positions] = 1
         return ids, mask
 
+    def only(self, kept: npt.NDArray[np.bool_]) -> tuple[PackedRows, npt.NDArray[np.int64]]:
+        """The batch without some of its rows, and where the tokens that are left stood; kept: bool [rows]."""
+        tokens = np.flatnonzero(kept[self.rows])
+        lengths = self.lengths[kept]
+        cu_seqlens = np.zeros(len(lengths) + 1, dtype=np.int32)
+        np.cumsum(lengths, out=cu_seqlens[1:])
+        part = PackedRows(
+            ids=self.ids[tokens],
+            positions=self.positions[tokens],
+            rows=np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
+            lengths=lengths,
+            cu_seqlens=cu_seqlens,
+            order=self.order[kept],
+        )
+        return part, tokens
+
     def restore(self, values: npt.NDArray[Element]) -> npt.NDArray[Element]:
         """Bring per-row values [rows, ...] of the batch back into the caller's order."""
         restored = np.empty_like(values)

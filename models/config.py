@@ -53,9 +53,11 @@ class ImageSettings:
     """How an image becomes pixels: its shortest edge is scaled to `size`, bicubic, and the middle is cut out.
 
     mean, std: of red, green and blue, on a scale from 0 to 1; pixels are `(x / 255 - mean) / std`.
+    tokens: what the model makes of one image; its cost, and what a request is charged.
     """
 
     size: int
+    tokens: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
@@ -346,7 +348,8 @@ def _read_image_settings(folder: Path, architecture: Architecture) -> ImageSetti
     # Those of OpenAI's CLIP.
     mean = _triple(values, "mean", (0.48145466, 0.4578275, 0.40821073), lowest=-10)
     std = _triple(values, "std", (0.26862954, 0.26130258, 0.27577711), lowest=0)
-    return ImageSettings(size, mean, std)
+    # Its patches, and the one that is pooled.
+    return ImageSettings(size, architecture.vision.grid**2 + 1, mean, std)
 
 
 def _triple(

@@ -17,6 +17,7 @@ class NativeBackend:
     """Runs a family's packed module with the kernels that the device offers; see `Backend`."""
 
     name = "native"
+    pools = False
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         kernels = dispatch.choose(device, dtype)
@@ -26,3 +27,7 @@ class NativeBackend:
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """See `Backend`."""
         return self._model(batch)
+
+    def images(self, pixels: Tensor) -> Tensor:
+        """See `Backend`."""
+        return self._model.images(pixels)

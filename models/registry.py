@@ -43,6 +43,9 @@ class Family(Protocol):
     def __call__(self, batch: PackedBatch) -> Tensor:
         """Return the last layer's states, [tokens, hidden]."""
 
+    def images(self, pixels: Tensor) -> Tensor:
+        """See `Backend.images`; only families of image models have it."""
+
 
 def backend_for(family_name: str) -> str:
     """The backend that runs a family unless another is asked for: our own, where the family is ours."""

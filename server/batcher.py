@@ -2,9 +2,9 @@
 
 No sockets, no torch, no clock: the broker calls it, the tests exhaust it. The rules:
 
-- A batch holds texts of one model and costs at most the model's bound. What a text costs depends on the backend: its
-  tokens where batches are packed, and rows × longest where they are padded. A text that alone exceeds the bound runs
-  alone.
+- A batch holds items of one lane (texts of one model, or its images, which are called texts below all the same) and
+  costs at most the lane's bound. What a text costs depends on the backend: its tokens where batches are packed, and
+  rows × longest where they are padded. A text that alone exceeds the bound runs alone.
 - Oldest first. The request that has waited longest is always in the next batch, so nothing starves.
 - A large request is split. What is left of it after a batch lines up again behind the requests that came in
   meanwhile: one text never waits for the whole of a large job, and large jobs take turns.
@@ -20,9 +20,16 @@ from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
-__all__ = ["Batch", "Batcher", "Bound", "Cost", "Finished", "QueueFullError", "Segment", "Work"]
+__all__ = ["Batch", "Batcher", "Bound", "Cost", "Finished", "Lane", "QueueFullError", "Segment", "Work"]
+
+
+class Lane(NamedTuple):
+    """What can run in one batch: items of one modality, ``text`` or ``image``, for one model."""
+
+    model: str
+    modality: str = "text"
 
 
 K = TypeVar("K", bound=Hashable)
@@ -40,7 +47,7 @@ class Cost(Enum):
 
 @dataclass(frozen=True)
 class Bound:
-    """What one batch of a model may cost: `tokens`, counted as `cost` says."""
+    """What one batch of a lane may cost: `tokens`, counted as `cost` says."""
 
     tokens: int
     cost: Cost = Cost.PACKED
@@ -60,7 +67,7 @@ class Work(Generic[K]):
     """One request: the token counts (≥ 1) of its texts, by position."""
 
     key: K
-    model: str
+    lane: Lane
     lengths: Sequence[int]
     waiting: deque[int]
     """Positions that are in no batch, in the order in which they will run."""
@@ -85,7 +92,7 @@ class Batch(Generic[K]):
     """Texts to run together. Its rows are those of the segments, one segment after the other."""
 
     id: int
-    model: str
+    lane: Lane
     segments: Sequence[Segment[K]]
     lengths: Sequence[int]
     """Tokens of each row."""
@@ -101,14 +108,14 @@ class Finished(Generic[K]):
 
 
 class Batcher(Generic[K]):
-    """The queue of all requests of all models. At most `max_queue_tokens` tokens wait in it."""
+    """The queue of all requests of all lanes. At most `max_queue_tokens` tokens wait in it."""
 
     def __init__(self, max_queue_tokens: int) -> None:
         self.max_queue_tokens = max_queue_tokens
         self.waiting_tokens = 0
         self.waiting_texts = 0
         self._works: dict[K, Work[K]] = {}
-        self._lines: dict[str, OrderedDict[K, Work[K]]] = {}
+        self._lines: dict[Lane, OrderedDict[K, Work[K]]] = {}
         self._running: dict[int, Batch[K]] = {}
         self._last_turn = 0
         self._first_turn = 0
@@ -118,7 +125,7 @@ class Batcher(Generic[K]):
         """Requests that are waiting, running or both."""
         return len(self._works)
 
-    def add(self, key: K, model: str, lengths: Sequence[int]) -> Work[K]:
+    def add(self, key: K, lane: Lane, lengths: Sequence[int]) -> Work[K]:
         """Queue a request. Raises `QueueFullError` when it does not fit behind those that wait."""
         tokens = sum(lengths)
         if self.waiting_tokens and self.waiting_tokens + tokens > self.max_queue_tokens:
@@ -127,7 +134,7 @@ class Batcher(Generic[K]):
             raise ValueError(f"a request with the key {key!r} is here already")
         if not lengths or min(lengths) < 1:
             raise ValueError("a request needs texts, and each at least one token")
-        work = Work(key, model, lengths, waiting=deque(range(len(lengths))), unfinished=len(lengths))
+        work = Work(key, lane, lengths, waiting=deque(range(len(lengths))), unfinished=len(lengths))
         self._works[key] = work
         self._count(work, work.waiting, +1)
         self._line_up(work)
@@ -142,23 +149,23 @@ class Batcher(Generic[K]):
             self._leave_line(work)
         return work
 
-    def cancel_model(self, model: str) -> list[Work[K]]:
-        """Forget every request of a model that still has texts waiting: no engine is there to run them."""
-        keys = list(self._lines.get(model, ()))
+    def cancel_lane(self, lane: Lane) -> list[Work[K]]:
+        """Forget every request of a lane that still has texts waiting: no engine is there to run them."""
+        keys = list(self._lines.get(lane, ()))
         return [work for key in keys if (work := self.cancel(key)) is not None]
 
-    def take(self, bounds: Mapping[str, Bound]) -> Batch[K] | None:
-        """The next batch for an engine that serves the models of `bounds`; None when nothing waits for it.
+    def take(self, bounds: Mapping[Lane, Bound]) -> Batch[K] | None:
+        """The next batch for an engine that serves the lanes of `bounds`; None when nothing waits for it.
 
-        The model whose first request has waited longest goes first.
+        The lane whose first request has waited longest goes first.
         """
-        heads = [next(iter(line.values())) for model, line in self._lines.items() if model in bounds]
+        heads = [next(iter(line.values())) for lane, line in self._lines.items() if lane in bounds]
         if not heads:
             return None
         head = min(heads, key=lambda work: work.turn)
-        bound = bounds[head.model]
+        bound = bounds[head.lane]
         # A suspect shares its batch with nobody.
-        candidates = [head] if head.suspect else (w for w in self._lines[head.model].values() if not w.suspect)
+        candidates = [head] if head.suspect else (w for w in self._lines[head.lane].values() if not w.suspect)
         pick = _pick_packed if bound.cost is Cost.PACKED else _pick_alike
         segments = [Segment(work, positions) for work, positions in pick(candidates, bound.tokens)]
 
@@ -171,7 +178,7 @@ class Batcher(Generic[K]):
                 self._line_up(work)
         self._last_batch += 1
         lengths = [segment.work.lengths[position] for segment in segments for position in segment.positions]
-        batch = Batch(self._last_batch, head.model, segments, lengths)
+        batch = Batch(self._last_batch, head.lane, segments, lengths)
         self._running[batch.id] = batch
         return batch
 
@@ -215,7 +222,7 @@ class Batcher(Generic[K]):
         return given_up
 
     def _line_up(self, work: Work[K], *, in_front: bool = False) -> None:
-        line = self._lines.setdefault(work.model, OrderedDict())
+        line = self._lines.setdefault(work.lane, OrderedDict())
         line[work.key] = work
         if in_front:
             self._first_turn -= 1
@@ -226,10 +233,10 @@ class Batcher(Generic[K]):
             work.turn = self._last_turn
 
     def _leave_line(self, work: Work[K]) -> None:
-        line = self._lines[work.model]
+        line = self._lines[work.lane]
         del line[work.key]
         if not line:
-            del self._lines[work.model]
+            del self._lines[work.lane]
 
     def _count(self, work: Work[K], positions: Iterable[int], sign: int) -> None:
         for position in positions:

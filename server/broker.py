@@ -1,7 +1,7 @@
 """The broker process: the one place with state.
 
 It owns all that must be one: the queue of all front ends, the rate limits, the counters. Front ends send it texts
-as token ids, engines pull batches; it imports no torch and knows nothing of HTTP.
+as token ids and images as pixels, engines pull batches; it imports no torch and knows nothing of HTTP.
 
 When an engine's connection ends, its batches go back to the front of the queue; when a front end's ends, its requests
 are dropped. Requests whose engine stays away for `ENGINE_PATIENCE` seconds are answered with a 503.
@@ -13,14 +13,15 @@ import os
 import socket
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from embedserve.server import wire
-from embedserve.server.batcher import Batch, Batcher, Bound, Cost, Finished, QueueFullError
+from embedserve.server.arrays import Rows, pack, unpack
+from embedserve.server.batcher import Batch, Batcher, Bound, Cost, Finished, Lane, QueueFullError
 from embedserve.server.limits import RateLimiter
 from embedserve.server.metrics import Metrics
 from embedserve.server.process import Liveness
@@ -39,20 +40,20 @@ class _Request:
 
     front_end: "_FrontEnd"
     id: int
-    model: str
     dimensions: int
-    ids: npt.NDArray[np.int32]
+    outputs: int
+    items: npt.NDArray[np.uint8]
     offsets: npt.NDArray[np.int64]
-    """Where each text starts in `ids`, and the end."""
+    """Where each item starts in `items`, and the end."""
     added: float
     started: float | None = None
 
-    def slice(self, positions: Sequence[int]) -> list[npt.NDArray[np.int32]]:
-        """The token ids of some of its texts, in as few pieces as there are runs of neighbours."""
+    def slice(self, positions: Sequence[int]) -> list[npt.NDArray[np.uint8]]:
+        """Some of its items, in as few pieces as there are runs of neighbours."""
         pieces, first = [], 0
         for i in range(1, len(positions) + 1):
             if i == len(positions) or positions[i] != positions[i - 1] + 1:
-                pieces.append(self.ids[self.offsets[positions[first]] : self.offsets[positions[i - 1] + 1]])
+                pieces.append(self.items[self.offsets[positions[first]] : self.offsets[positions[i - 1] + 1]])
                 first = i
         return pieces
 
@@ -67,11 +68,10 @@ class _FrontEnd:
 
 @dataclass(eq=False)
 class _Engine:
-    """A connected engine: its models, the batches it was asked for and not given, and those it has, oldest first."""
+    """A connected engine: what it can run, how many batches it asked for in vain, and those it has, oldest first."""
 
     connection: wire.FramedConnection
-    models: dict[str, wire.ModelReady] = field(default_factory=dict)
-    bounds: dict[str, Bound] = field(default_factory=dict)
+    bounds: dict[Lane, Bound] = field(default_factory=dict)
     pulls: int = 0
     batches: OrderedDict[int, Batch[_Request]] = field(default_factory=OrderedDict)
 
@@ -96,7 +96,7 @@ class Broker:
         self._metrics = Metrics()
         self._metrics.observe("queue_texts", lambda: self._batcher.waiting_texts)
         self._metrics.observe("queue_tokens", lambda: self._batcher.waiting_tokens)
-        self._metrics.observe("engines", lambda: len([e for e in self._engines.values() if e.models]))
+        self._metrics.observe("engines", lambda: len([e for e in self._engines.values() if e.bounds]))
 
     # ------------------------------------------------------------------------------------------------- connections
 
@@ -154,17 +154,19 @@ class Broker:
         if not self._known.get(message.model, False):
             front_end.connection.send(wire.WorkFailed(message.id, "model_loading", retry_after=1.0))
             return
-        words = np.frombuffer(payload, dtype="<i4")
-        lengths, ids = words[: message.rows], words[message.rows :]
+        lengths = np.frombuffer(payload, dtype="<i4", count=message.rows)
+        items = np.frombuffer(payload, dtype=np.uint8, offset=4 * message.rows)
         offsets = np.zeros(message.rows + 1, dtype=np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        if offsets[-1] != len(ids):
+        # Images are of one size; a text takes four bytes a token.
+        item_bytes = 4 * lengths if message.modality == "text" else np.full(message.rows, len(items) // message.rows)
+        np.cumsum(item_bytes, out=offsets[1:])
+        if offsets[-1] != len(items):
             raise wire.FrameError("lengths that do not add up")
         request = _Request(
-            front_end, message.id, message.model, message.dimensions, ids, offsets, added=time.monotonic()
+            front_end, message.id, message.dimensions, message.outputs, items, offsets, added=time.monotonic()
         )
         try:
-            self._batcher.add(request, message.model, lengths.tolist())
+            self._batcher.add(request, Lane(message.model, message.modality), lengths.tolist())
         except QueueFullError as error:
             front_end.connection.send(wire.WorkFailed(message.id, "overloaded", self._time_for(error.waiting)))
             return
@@ -205,8 +207,7 @@ class Broker:
         match message:
             case wire.EngineReady():
                 for model in message.models:
-                    engine.models[model.name] = model
-                    engine.bounds[model.name] = Bound(model.max_batch_tokens, Cost(model.cost))
+                    engine.bounds[Lane(model.name, model.modality)] = Bound(model.max_batch_tokens, Cost(model.cost))
                     self._known[model.name] = True
                     self._last_states[model.name] = model
                     self._away_since.pop(model.name, None)
@@ -236,24 +237,32 @@ class Broker:
     def _send_batch(self, engine: _Engine, batch: Batch[_Request]) -> None:
         now = time.monotonic()
         dimensions: list[int] = []
-        pieces: list[npt.NDArray[np.int32]] = []
+        outputs: list[int] = []
+        pieces: list[npt.NDArray[np.uint8]] = []
         for segment in batch.segments:
             request = segment.work.key
             if request.started is None:
                 request.started = now
             dimensions += [request.dimensions] * len(segment.positions)
+            outputs += [request.outputs] * len(segment.positions)
             pieces += request.slice(segment.positions)
-        payload = np.concatenate([np.array([*batch.lengths, *dimensions], dtype="<i4"), *pieces])
+        facts = np.array([*batch.lengths, *dimensions, *outputs], dtype="<i4")
         engine.batches[batch.id] = batch
-        engine.connection.send(wire.Run(batch.id, batch.model, len(batch.lengths)), [payload.data.cast("B")])
+        run = wire.Run(batch.id, batch.lane.model, batch.lane.modality, len(batch.lengths))
+        engine.connection.send(run, [facts.data.cast("B"), np.concatenate(pieces).data])
 
     def _batch_done(self, engine: _Engine, message: wire.BatchDone, payload: bytes) -> None:
         batch = engine.batches.pop(message.batch)
         tokens = sum(batch.lengths)
-        self._metrics.count_batch(batch.model, len(batch.lengths), tokens, message.computed_tokens, message.seconds)
+        self._metrics.count_batch(
+            batch.lane.model, len(batch.lengths), tokens, message.computed_tokens, message.seconds
+        )
         rate = tokens / max(message.seconds, 1e-6)
         self._rate = 0.9 * self._rate + 0.1 * rate if self._rate else rate
-        vectors, row_bytes = memoryview(payload), 4 * message.dimension
+        try:
+            arrays = unpack(message.arrays, len(batch.lengths), payload)
+        except ValueError as error:
+            raise wire.FrameError(str(error)) from None
         not_finite = set(message.not_finite)
         for finished in self._batcher.finish(batch.id):
             segment, first = finished.segment, finished.first_row
@@ -262,39 +271,42 @@ class Broker:
                 self._batcher.cancel(segment.work.key)
                 self._fail(segment.work.key, "not_finite", index=segment.positions[bad])
             else:
-                rows = vectors[first * row_bytes : (first + len(segment.positions)) * row_bytes]
-                self._send_part(finished, message.dimension, rows)
+                last = first + len(segment.positions)
+                own = {name: rows.between(first, last) for name, rows in arrays.items()}
+                # Arrays that only others in the batch asked for are empty here.
+                self._send_part(finished, {name: rows for name, rows in own.items() if len(rows.elements)})
 
-    def _send_part(self, finished: Finished[_Request], dimension: int, rows: memoryview) -> None:
+    def _send_part(self, finished: Finished[_Request], arrays: Mapping[str, Rows]) -> None:
         segment = finished.segment
         request = segment.work.key
         assert request.started is not None, "it was in a batch"
         if not finished.left:
             request.front_end.requests.pop(request.id, None)
+        names, payload = pack(arrays)
         part = wire.Part(
             request.id,
             len(segment.positions),
-            dimension,
+            names,
             finished.left,
             queue=request.started - request.added,
             run=time.monotonic() - request.started,
         )
         positions = np.array(segment.positions, dtype="<i4").data.cast("B")
-        request.front_end.connection.send(part, [positions, rows])
+        request.front_end.connection.send(part, [positions, *payload])
 
     def _lose_engine(self, engine: _Engine) -> None:
         now = time.monotonic()
         # Batches that were bound and had not begun come back as they were: only the first one was running.
         for number, batch in reversed(list(enumerate(engine.batches.values()))):
             self._lose_batch(batch, ran=number == 0, code="engine_restarting")
-        for model in engine.models:
-            if not any(model in other.models for other in self._engines.values()):
-                self._away_since[model] = now
+        for lane in engine.bounds:
+            if not any(lane in other.bounds for other in self._engines.values()):
+                self._away_since[lane.model] = now
         self._dispatch_soon()
 
     def _lose_batch(self, batch: Batch[_Request], *, ran: bool, code: str) -> None:
         if ran:
-            self._metrics.count_lost_batch(batch.model)
+            self._metrics.count_lost_batch(batch.lane.model)
         for work in self._batcher.give_back(batch.id, ran=ran):
             self._fail(work.key, code)
         self._dispatch_soon()
@@ -304,8 +316,9 @@ class Broker:
         now = time.monotonic()
         for model, since in self._away_since.items():
             if now - since > ENGINE_PATIENCE:
-                for work in self._batcher.cancel_model(model):
-                    self._fail(work.key, "engine_restarting")
+                for modality in ("text", "image"):
+                    for work in self._batcher.cancel_lane(Lane(model, modality)):
+                        self._fail(work.key, "engine_restarting")
 
 
 async def serve(listener: socket.socket, broker: Broker, alive: Liveness) -> None:

@@ -1,23 +1,24 @@
 """What the front end calls to get vectors, and the implementation that asks the broker.
 
-The protocol knows token ids and named arrays, nothing of sockets: another implementation may stand behind it.
+The protocol knows token ids, pixels and named arrays, nothing of sockets: another implementation may stand behind it.
 """
 
 import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from embedserve.server import wire
+from embedserve.server.arrays import OUTPUTS, Rows, join, output_bits, unpack
 from embedserve.server.errors import APIError, OverloadedError
 
-__all__ = ["BrokerClient", "EngineClient", "NotFiniteError", "Result", "RunError", "Texts"]
+__all__ = ["BrokerClient", "EngineClient", "Images", "NotFiniteError", "Result", "RunError", "Texts"]
 
 log = logging.getLogger("embedserve.client")
 
@@ -34,14 +35,22 @@ class Texts:
 
 
 @dataclass(frozen=True)
+class Images:
+    """Prepared images: `pixels` uint8 [rows, size, size, 3], red, green, blue; `tokens` that the model makes of one."""
+
+    pixels: npt.NDArray[np.uint8]
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Result:
     """What the engine made of a request.
 
-    `arrays` holds ``dense``: float32 [rows, dimensions]. `queue` is the seconds until the first text began to run,
-    `run` those from then until the last had.
+    `arrays` has the names of `arrays.ARRAYS`, as far as they were asked for; each has a row for each item, in order.
+    `queue` is the seconds until the first item began to run, `run` those from then until the last had.
     """
 
-    arrays: Mapping[str, npt.NDArray[np.float32]]
+    arrays: Mapping[str, Rows]
     queue: float
     run: float
 
@@ -51,18 +60,21 @@ class RunError(Exception):
 
 
 class NotFiniteError(Exception):
-    """The model's vector of text `index` holds a NaN or an infinity."""
+    """What the model made of item `index` holds a NaN or an infinity."""
 
     def __init__(self, index: int) -> None:
-        super().__init__(f"the vector of text {index} is not finite")
+        super().__init__(f"the vector of item {index} is not finite")
         self.index = index
 
 
 class EngineClient(Protocol):
-    """Runs texts through a model, wherever it lives."""
+    """Runs texts or images through a model, wherever it lives."""
 
-    async def run(self, model: str, texts: Texts, *, dimensions: int) -> Result:
-        """Vectors of `texts`, of `dimensions` columns. When the caller is cancelled, what has not run yet does not.
+    async def run(
+        self, model: str, items: Texts | Images, *, dimensions: int, outputs: Sequence[str] = ("dense",)
+    ) -> Result:
+        """What `outputs` names of each item; dense vectors of `dimensions` components. When the caller is cancelled,
+        what has not run yet does not.
 
         Raises `OverloadedError` when it cannot be done now, `NotFiniteError` and `RunError` when it cannot be done.
         """
@@ -75,10 +87,12 @@ class _BrokerLostError(Exception):
 
 @dataclass(eq=False)
 class _Pending:
-    """A submitted request, and what of its vectors has arrived."""
+    """A submitted request of so many rows, and what has arrived: positions of rows, and their arrays by name."""
 
     done: asyncio.Future[Result]
-    dense: npt.NDArray[np.float32]
+    rows: int
+    outputs: Sequence[str]
+    parts: list[tuple[npt.NDArray[np.int32], Mapping[str, Rows]]] = field(default_factory=list)
 
 
 class BrokerClient:
@@ -111,14 +125,16 @@ class BrokerClient:
 
     # -------------------------------------------------------------------------------------------------- questions
 
-    async def run(self, model: str, texts: Texts, *, dimensions: int) -> Result:
+    async def run(
+        self, model: str, items: Texts | Images, *, dimensions: int, outputs: Sequence[str] = ("dense",)
+    ) -> Result:
         """See `EngineClient.run`. A request whose broker dies is submitted once more to its successor."""
         try:
-            return await self._run(model, texts, dimensions)
+            return await self._run(model, items, dimensions, outputs)
         except _BrokerLostError:
-            log.warning("the broker was lost; a request is submitted again", extra={"texts": len(texts.lengths)})
+            log.warning("the broker was lost; a request is submitted again", extra={"model": model})
         try:
-            return await self._run(model, texts, dimensions)
+            return await self._run(model, items, dimensions, outputs)
         except _BrokerLostError:
             raise OverloadedError("engine_restarting") from None
 
@@ -193,14 +209,18 @@ class BrokerClient:
         finally:
             del self._questions[question.id]
 
-    async def _run(self, model: str, texts: Texts, dimensions: int) -> Result:
+    async def _run(self, model: str, items: Texts | Images, dimensions: int, outputs: Sequence[str]) -> Result:
         connection = await self._connect()
-        rows = len(texts.lengths)
+        if isinstance(items, Texts):
+            modality, lengths, content = "text", items.lengths, items.ids.data.cast("B")
+        else:
+            lengths = np.full(len(items.pixels), items.tokens, np.int32)
+            modality, content = "image", items.pixels.reshape(-1).data
         request_id = self._next_id()
-        pending = _Pending(asyncio.get_running_loop().create_future(), np.empty((rows, dimensions), dtype=np.float32))
+        pending = _Pending(asyncio.get_running_loop().create_future(), len(lengths), outputs)
         self._runs[request_id] = pending
-        payload = [texts.lengths.data.cast("B"), texts.ids.data.cast("B")]
-        connection.send(wire.Submit(request_id, model, rows, dimensions), payload)
+        submit = wire.Submit(request_id, model, modality, len(lengths), dimensions, output_bits(outputs))
+        connection.send(submit, [lengths.data.cast("B"), content])
         try:
             return await pending.done
         except asyncio.CancelledError:
@@ -240,11 +260,11 @@ class BrokerClient:
 
 def _take_part(pending: _Pending, part: wire.Part, payload: bytes) -> None:
     positions = np.frombuffer(payload, dtype="<i4", count=part.rows)
-    vectors = np.frombuffer(payload, dtype="<f4", offset=4 * part.rows).reshape(part.rows, part.dimension)
-    # A batch's vectors are as wide as the widest asked for in it.
-    pending.dense[positions] = vectors[:, : pending.dense.shape[1]]
+    pending.parts.append((positions, unpack(part.arrays, part.rows, payload, start=4 * part.rows)))
     if part.left == 0 and not pending.done.done():
-        pending.done.set_result(Result({"dense": pending.dense}, part.queue, part.run))
+        names = [name for output in pending.outputs for name in OUTPUTS[output]]
+        arrays = {name: join(name, pending.rows, pending.parts) for name in names}
+        pending.done.set_result(Result(arrays, part.queue, part.run))
 
 
 def _work_error(failed: wire.WorkFailed) -> APIError | NotFiniteError | RunError:

@@ -89,10 +89,18 @@ class ServerConfig:
         metavar="DEVICE",
         group="Models",
     )
+    backend: str = _option(
+        "auto",
+        parsers.choice("auto", "native", "onnx", "transformers"),
+        "what computes: native is our own packed code, onnx the graphs in the model's folder, transformers its class of "
+        "that name; auto is native for the families that we have, else transformers",
+        metavar="auto|native|onnx|transformers",
+        group="Models",
+    )
     dtype: str = _option(
         "auto",
         parsers.choice("auto", "float32", "float16", "bfloat16"),
-        "auto is float16 on a GPU and float32 on the CPU",
+        "auto is float32 on the CPU, and on a GPU float16, or bfloat16 for models that overflow float16",
         metavar="auto|float32|float16|bfloat16",
         group="Models",
     )

@@ -22,8 +22,9 @@ import numpy.typing as npt
 from embedserve.models.config import ModelConfig
 from embedserve.models.errors import BatchError, ModelError
 from embedserve.server import wire
+from embedserve.server.arrays import pack
 from embedserve.server.process import Liveness
-from embedserve.server.runner import DeviceError, Runner
+from embedserve.server.runner import DeviceError, Embedded, Runner
 
 __all__ = ["EngineOptions", "serve"]
 
@@ -43,6 +44,7 @@ class EngineOptions:
     models: Mapping[str, ModelConfig]
     device: str
     dtype: str
+    backend: str
     threads: int | None
     max_batch_tokens: int | None
 
@@ -55,7 +57,12 @@ class _Batch:
     run: wire.Run
     lengths: npt.NDArray[np.int32]
     dimensions: npt.NDArray[np.int32]
-    ids: npt.NDArray[np.int32]
+    outputs: npt.NDArray[np.int32]
+    items: npt.NDArray[np.uint8]
+
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths.sum(dtype=np.int64))
 
 
 class _Estimate:
@@ -86,7 +93,7 @@ class Engine:
         self._bound: deque[_Batch] = deque()
         self._running: _Batch | None = None
         self._running_since = 0.0
-        self._estimates = {name: _Estimate() for name in runners}
+        self._estimates: dict[tuple[str, str], _Estimate] = {}
         self._pulled = False
         """Whether a batch was asked for that has not come."""
         self._spent = False
@@ -97,23 +104,26 @@ class Engine:
         while True:
             connection = await wire.connect(address, lambda: wire.FramedConnection(self._on_frame, self._on_close))
             connection.send(wire.Hello("engine", os.getpid()))
-            connection.send(wire.EngineReady([self._announce(name) for name in self._runners]))
+            connection.send(wire.EngineReady([ready for name in self._runners for ready in self._announce(name)]))
             self._connection = connection
             self._pulled = False
             if self._running is None:
                 self._pull()
             await connection.lost.wait()
 
-    def _announce(self, name: str) -> wire.ModelReady:
+    def _announce(self, name: str) -> list[wire.ModelReady]:
         info = self._runners[name].info
         bound = self._max_batch_tokens or info.max_batch_tokens
-        return wire.ModelReady(name, bound, info.cost, info.device, info.dtype, info.backend)
+        return [
+            wire.ModelReady(name, modality, bound, info.cost, info.device, info.dtype, info.backend)
+            for modality in info.modalities
+        ]
 
     def is_lost(self) -> bool:
         """Whether only another process can go on: the device is spent, or the batch runs for far too long."""
         if self._running is None or self._spent:
             return self._spent
-        expected = self._estimates[self._running.run.model].seconds(len(self._running.ids))
+        expected = self._estimate_of(self._running).seconds(self._running.tokens)
         return time.monotonic() - self._running_since > _STUCK_AFTER + 10 * (expected or 0.0)
 
     def _on_close(self, connection: wire.FramedConnection) -> None:
@@ -123,10 +133,10 @@ class Engine:
     def _on_frame(self, connection: wire.FramedConnection, message: wire.Message, payload: bytes) -> None:
         if not isinstance(message, wire.Run):
             raise wire.FrameError(f"{type(message).__name__} from the broker")
-        words = np.frombuffer(payload, dtype="<i4")
-        rows = message.rows
+        lengths, dimensions, outputs = np.frombuffer(payload, dtype="<i4", count=3 * message.rows).reshape(3, -1)
+        items = np.frombuffer(payload, dtype=np.uint8, offset=12 * message.rows)
         self._pulled = False
-        self._bound.append(_Batch(connection, message, words[:rows], words[rows : 2 * rows], words[2 * rows :]))
+        self._bound.append(_Batch(connection, message, lengths, dimensions, outputs, items))
         self._start_next()
 
     def _pull(self) -> None:
@@ -141,21 +151,28 @@ class Engine:
         self._running_since = time.monotonic()
         loop = asyncio.get_running_loop()
         done = loop.run_in_executor(self._device, self._run, batch)
-        estimate = self._estimates[batch.run.model].seconds(len(batch.ids))
+        estimate = self._estimate_of(batch).seconds(batch.tokens)
         pull = None if estimate is None else loop.call_later(max(0.0, estimate - _PULL_LEAD), self._pull)
         done.add_done_callback(lambda future: self._finish(batch, pull, future))
 
-    def _run(self, batch: _Batch) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_], float]:
+    def _estimate_of(self, batch: _Batch) -> _Estimate:
+        return self._estimates.setdefault((batch.run.model, batch.run.modality), _Estimate())
+
+    def _run(self, batch: _Batch) -> tuple[Embedded, float]:
         """In the device thread."""
         start = time.perf_counter()
-        vectors, finite = self._runners[batch.run.model].run(batch.ids, batch.lengths, batch.dimensions)
-        return vectors, finite, time.perf_counter() - start
+        runner = self._runners[batch.run.model]
+        if batch.run.modality == "image":
+            embedded = runner.run_images(batch.items, batch.dimensions)
+        else:
+            embedded = runner.run(batch.items.view("<i4"), batch.lengths, batch.dimensions, batch.outputs)
+        return embedded, time.perf_counter() - start
 
     def _finish(
         self,
         batch: _Batch,
         pull: asyncio.TimerHandle | None,
-        future: asyncio.Future[tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_], float]],
+        future: asyncio.Future[tuple[Embedded, float]],
     ) -> None:
         if pull is not None:
             pull.cancel()
@@ -163,7 +180,7 @@ class Engine:
         answer: wire.BatchDone | wire.BatchFailed
         payload: list[wire.Buffer] = []
         try:
-            vectors, finite, seconds = future.result()
+            embedded, seconds = future.result()
         except Exception as error:
             # The exception's text may hold values of the batch, its place in the code does not.
             log.exception("a batch failed", extra={"model": batch.run.model, "texts": batch.run.rows})
@@ -172,14 +189,13 @@ class Engine:
             self._spent = self._spent or (on_gpu and not isinstance(error, BatchError))
             answer = wire.BatchFailed(batch.run.batch)
         else:
-            tokens = len(batch.ids)
-            self._estimates[batch.run.model].learn(tokens, seconds)
-            rows, dimension = vectors.shape
-            not_finite = np.flatnonzero(~finite).tolist()
+            self._estimate_of(batch).learn(batch.tokens, seconds)
+            not_finite = np.flatnonzero(~embedded.finite).tolist()
             padded = self._runners[batch.run.model].info.cost == "padded"
-            computed = rows * int(batch.lengths.max()) if padded else tokens
-            answer = wire.BatchDone(batch.run.batch, dimension, seconds, computed, not_finite)
-            payload = [vectors.data.cast("B")]
+            computed = len(batch.lengths) * int(batch.lengths.max()) if padded else batch.tokens
+            names, buffers = pack(embedded.arrays)
+            answer = wire.BatchDone(batch.run.batch, names, seconds, computed, not_finite)
+            payload = [*buffers]
         # The next one first: it only takes a hand-over, and then the device is busy while this one is sent.
         self._start_next()
         batch.connection.send(answer, payload)
@@ -228,6 +244,7 @@ def _load(options: EngineOptions, alive: Liveness) -> dict[str, Runner]:
             config=config,
             device=options.device,
             dtype=options.dtype,
+            backend=options.backend,
             threads=options.threads,
             pin=True,
             progress=progress,

@@ -10,6 +10,8 @@ import uvicorn
 from embedserve.server.app import create_app
 from embedserve.server.client import BrokerClient
 from embedserve.server.config import ServerConfig
+from embedserve.server.embedding import Embedder
+from embedserve.server.images import ImagePool
 from embedserve.server.process import Liveness, on_sigterm
 from embedserve.server.protocol import HTTPProtocol
 from embedserve.server.routes import Endpoints
@@ -24,6 +26,9 @@ KEEP_ALIVE_SECONDS = 90
 
 TOKENIZER_THREADS = 2
 """Of one front end, for long texts; the short ones are tokenised in the event loop."""
+
+IMAGE_THREADS = 2
+"""Of one front end, for decoding and scaling images; they are started with the first image."""
 
 
 class _Server(uvicorn.Server):
@@ -51,7 +56,9 @@ async def serve(
         from embedserve.server.relay import Relay  # brings an HTTP client, which few servers need
 
         relay = Relay()
-    endpoints = Endpoints(config, models, client, tokenizers, Vocabulary(config.cl100k_file), relay)
+    images = ImagePool(IMAGE_THREADS)
+    embedder = Embedder(config, client, tokenizers, images, Vocabulary(config.cl100k_file), relay)
+    endpoints = Endpoints(config, models, client, embedder)
     server = _Server(
         uvicorn.Config(
             create_app(endpoints, client),
@@ -75,6 +82,7 @@ async def serve(
     if relay is not None:
         await relay.close()
     tokenizers.close()
+    images.close()
 
 
 async def _beat(server: _Server, alive: Liveness) -> None:

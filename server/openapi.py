@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from embedserve.server.arrays import OUTPUTS
 from embedserve.server.config import ServerConfig
 from embedserve.server.schemas import ENCODING_FORMATS, INPUT_TYPES, MAX_TOKEN_ID
 from embedserve.server.served import ServedModels
@@ -137,6 +138,15 @@ def _schemas(config: ServerConfig, models: ServedModels) -> Schema:
         "items": {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN_ID},
         "minItems": 1,
     }
+    objects = [
+        {"type": "object", "properties": {name: text}, "required": [name], "additionalProperties": False}
+        for name in ("text", "image", "bytes")
+    ]
+
+    def many(items: Schema) -> Schema:
+        return {"type": "array", "items": items, "minItems": 1, "maxItems": config.max_inputs}
+
+    floats = {"type": "array", "items": number}
     model = {"id": string, "object": {"const": "model"}, "created": integer, "owned_by": string}
     nullable_string = _optional(string)
     return {
@@ -149,13 +159,9 @@ def _schemas(config: ServerConfig, models: ServedModels) -> Schema:
                 },
                 "input": {
                     "description": f"At most {config.max_request_tokens} tokens in all. Integers are token ids: of "
-                    "cl100k, or of the model where the operator says so.",
-                    "anyOf": [
-                        text,
-                        {"type": "array", "items": text, "minItems": 1, "maxItems": config.max_inputs},
-                        tokens,
-                        {"type": "array", "items": tokens, "minItems": 1, "maxItems": config.max_inputs},
-                    ],
+                    "cl100k, or of the model where the operator says so. Images, base64 or data URIs, are for the "
+                    "models that take them.",
+                    "anyOf": [text, tokens, *(many(item) for item in (text, tokens, {"anyOf": [text, *objects]}))],
                 },
                 "encoding_format": _optional({"enum": list(ENCODING_FORMATS)}),
                 "dimensions": _optional({"type": "integer", "minimum": 1}),
@@ -168,7 +174,15 @@ def _schemas(config: ServerConfig, models: ServedModels) -> Schema:
                 "prompt_name": {**nullable_string, "description": "Another name for `input_type`."},
                 "prompt": {**nullable_string, "description": "Is put before each text."},
                 "instruction": {**nullable_string, "description": "Fills the model's own template, where it has one."},
-                "outputs": _optional({"type": "array", "items": {"enum": ["dense"]}, "minItems": 1, "maxItems": 1}),
+                "outputs": _optional(
+                    {
+                        "description": "What each input is answered with, of what the model has; by default dense.",
+                        "type": "array",
+                        "items": {"enum": list(OUTPUTS)},
+                        "minItems": 1,
+                        "uniqueItems": True,
+                    }
+                ),
                 "truncate": _optional(
                     {
                         "description": "What to do with a text that is too long; NONE refuses it, true is END.",
@@ -189,9 +203,21 @@ def _schemas(config: ServerConfig, models: ServedModels) -> Schema:
                             "index": integer,
                             "embedding": {
                                 "description": "Floats, or base64 of little-endian float32.",
-                                "anyOf": [{"type": "array", "items": number}, string],
+                                "anyOf": [floats, string],
                             },
-                        }
+                            "sparse_embedding": {
+                                "description": "Weights of token ids; an id that is not there has none.",
+                                **_object({"indices": {"type": "array", "items": integer}, "values": floats}),
+                            },
+                            "colbert_embedding": {
+                                "description": "A vector for each token but the first.",
+                                "anyOf": [
+                                    {"type": "array", "items": floats},
+                                    _object({"shape": {"type": "array", "items": integer}, "data": string}),
+                                ],
+                            },
+                        },
+                        ["object", "index"],
                     ),
                 },
                 "model": string,

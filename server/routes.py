@@ -1,71 +1,35 @@
 """The endpoints, one coroutine each: parse → embed → encode."""
 
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from embedserve.server.auth import Authenticator
-from embedserve.server.client import BrokerClient, EngineClient, NotFiniteError, Result, RunError, Texts
+from embedserve.server.client import BrokerClient
 from embedserve.server.config import ServerConfig
+from embedserve.server.embedding import Embedder
 from embedserve.server.encode import embedding_response
-from embedserve.server.errors import (
-    AuthenticationError,
-    InternalError,
-    InvalidRequestError,
-    OverloadedError,
-    RateLimitError,
-    request_too_long,
-    text_too_long,
-)
+from embedserve.server.errors import AuthenticationError, OverloadedError, RateLimitError
 from embedserve.server.exchange import Exchange, read_body, unless_gone
 from embedserve.server.limits import client_address
 from embedserve.server.openapi import openapi_document
 from embedserve.server.schemas import EmbeddingRequest, parse_embedding_request
 from embedserve.server.served import LocalModel, RelayedModel, ServedModel, ServedModels
-from embedserve.server.token_arrays import TokenArrayError, Vocabulary
-from embedserve.server.tokenizer import (
-    Encoded,
-    InvalidTextError,
-    RequestTooLongError,
-    TextTooLongError,
-    TokenizerPool,
-    Truncate,
-)
 from embedserve.server.wire import ModelState
 
-if TYPE_CHECKING:
-    from embedserve.server.relay import Relay
-
 __all__ = ["Endpoints"]
-
-Floats = npt.NDArray[np.float32]
 
 
 class Endpoints:
     """The endpoints and what they need."""
 
-    def __init__(
-        self,
-        config: ServerConfig,
-        models: ServedModels,
-        client: BrokerClient,
-        tokenizers: TokenizerPool,
-        vocabulary: Vocabulary,
-        relay: "Relay | None" = None,
-    ) -> None:
-        """`relay`: needed where some of the models are relayed."""
+    def __init__(self, config: ServerConfig, models: ServedModels, client: BrokerClient, embedder: Embedder) -> None:
         self._config = config
         self._models = models
         self._client = client
-        self._engine: EngineClient = client
-        self._tokenizers = tokenizers
-        self._vocabulary = vocabulary
-        self._relay = relay
+        self._embedder = embedder
         self._authenticator = Authenticator(config.keys)
 
     # -------------------------------------------------------------------------------------------------- embeddings
@@ -80,53 +44,22 @@ class Endpoints:
         wanted = parse_embedding_request(body, self._models, config.max_inputs, config.max_request_tokens)
         exchange.model, exchange.name = wanted.model.id, wanted.model.name
         exchange.user = (wanted.user or "")[:64]
-        answer = await unless_gone(request, self._embed(wanted, exchange))
+        answer = await unless_gone(request, self._answer(wanted, exchange))
         return Response(answer, media_type="application/json")
 
-    async def _embed(self, wanted: EmbeddingRequest, exchange: Exchange) -> bytes:
-        if isinstance(wanted.model, RelayedModel):
-            vectors = await self._relayed(wanted, wanted.model, exchange)
-        else:
-            vectors = await self._computed(wanted, wanted.model, exchange)
+    async def _answer(self, wanted: EmbeddingRequest, exchange: Exchange) -> bytes:
+        arrays = await self._embedder.embed(wanted, exchange)
         start = time.perf_counter()
         body = await embedding_response(
-            vectors,
+            arrays,
+            outputs=wanted.outputs,
+            dimension=wanted.model.size,
             model=wanted.model.name,
             tokens=exchange.tokens,
             encoding_format=wanted.encoding_format,
         )
         exchange.encode = time.perf_counter() - start
         return body
-
-    async def _computed(self, wanted: EmbeddingRequest, model: LocalModel, exchange: Exchange) -> Floats:
-        """Vectors from our own engines: float32 [rows, dimensions]."""
-        start = time.perf_counter()
-        encoded = await self._tokenize(wanted, model)
-        exchange.texts, exchange.tokens, exchange.truncated = wanted.rows, len(encoded.ids), encoded.truncated
-        exchange.tokenize = time.perf_counter() - start
-        result = await self._run(wanted, Texts(encoded.ids, encoded.lengths), exchange)
-        exchange.queue, exchange.run = result.queue, result.run
-        return result.arrays["dense"]
-
-    async def _relayed(self, wanted: EmbeddingRequest, model: RelayedModel, exchange: Exchange) -> Floats:
-        """Vectors from the model's upstream: float32 [rows, dimensions]."""
-        assert self._relay is not None
-        if wanted.truncate is not Truncate.NONE:
-            raise InvalidRequestError(
-                "Invalid value for 'truncate': the inputs of a relayed model cannot be cut here. Send shorter ones.",
-                param="truncate",
-            )
-        start = time.perf_counter()
-        inputs: Sequence[str] | Sequence[Sequence[int]]
-        if wanted.token_arrays is not None and model.settings.token_ids == "native":
-            inputs = _whole_token_arrays(wanted, model.upstream.max_tokens)
-        else:
-            inputs = await self._texts(wanted)
-        exchange.tokenize = time.perf_counter() - start
-        start = time.perf_counter()
-        relayed = await self._relay.embed(model, inputs, wanted.dimensions)
-        exchange.texts, exchange.tokens, exchange.run = wanted.rows, relayed.tokens, time.perf_counter() - start
-        return relayed.vectors
 
     async def _admit(self, request: Request, exchange: Exchange) -> None:
         """Check the key and count the request. Raises `AuthenticationError`, `RateLimitError`."""
@@ -148,40 +81,6 @@ class Endpoints:
         # Guessing keys is counted too, so the wrong key is told only now.
         if refused is not None:
             raise refused
-
-    async def _texts(self, wanted: EmbeddingRequest) -> Sequence[str]:
-        """The texts of a request, its prompt before each."""
-        texts = wanted.texts
-        if texts is None:
-            assert wanted.token_arrays is not None
-            try:
-                texts = await self._vocabulary.decode(wanted.token_arrays)
-            except TokenArrayError as error:
-                raise InvalidRequestError(str(error), param="input") from None
-        return [wanted.prompt + text for text in texts] if wanted.prompt else texts
-
-    async def _tokenize(self, wanted: EmbeddingRequest, model: LocalModel) -> Encoded:
-        if wanted.token_arrays is not None and model.settings.token_ids == "native":
-            return _native_tokens(wanted, model)
-        texts = await self._texts(wanted)
-        limit = self._config.max_request_tokens
-        try:
-            return await self._tokenizers.encode(model.tokenizer, texts, wanted.truncate, limit)
-        except InvalidTextError as error:
-            raise InvalidRequestError(str(error), param="input") from None
-        except TextTooLongError as error:
-            raise text_too_long(error.index, error.tokens, error.limit) from None
-        except RequestTooLongError as error:
-            raise request_too_long(error.tokens, error.limit) from None
-
-    async def _run(self, wanted: EmbeddingRequest, texts: Texts, exchange: Exchange) -> Result:
-        try:
-            return await self._engine.run(wanted.model.id, texts, dimensions=wanted.dimensions)
-        except NotFiniteError as error:
-            message = f"The model gave no finite vector for input[{error.index}]."
-            raise InternalError(exchange.id, message) from None
-        except RunError:
-            raise InternalError(exchange.id) from None
 
     # --------------------------------------------------------------------------------------------------- discovery
 
@@ -237,31 +136,6 @@ class Endpoints:
         return JSONResponse(openapi_document(self._config, self._models))
 
 
-def _native_tokens(wanted: EmbeddingRequest, model: LocalModel) -> Encoded:
-    """Token arrays that are the model's own ids, special tokens and all, taken as they stand."""
-    arrays = _whole_token_arrays(wanted, model.config.max_tokens)
-    for index, tokens in enumerate(arrays):
-        if max(tokens) >= model.config.vocab_size:
-            raise InvalidRequestError(
-                f"Invalid 'input[{index}]': {max(tokens)} is no token id of this model, which has "
-                f"{model.config.vocab_size}.",
-                param="input",
-            )
-    lengths = np.array([len(tokens) for tokens in arrays], dtype=np.int32)
-    return Encoded(np.concatenate([np.array(t, dtype=np.int32) for t in arrays]), lengths, 0)
-
-
-def _whole_token_arrays(wanted: EmbeddingRequest, limit: int) -> Sequence[Sequence[int]]:
-    """The token arrays of a request, where none has more than `limit` and no prompt should go before them."""
-    assert wanted.token_arrays is not None
-    if wanted.prompt:
-        raise InvalidRequestError("A prompt cannot be put before token arrays. Send texts instead.", param="input")
-    for index, tokens in enumerate(wanted.token_arrays):
-        if len(tokens) > limit:
-            raise text_too_long(index, len(tokens), limit)
-    return wanted.token_arrays
-
-
 def _model_object(model: ServedModel) -> dict[str, Any]:
     if isinstance(model, RelayedModel):
         owner = model.upstream.owned_by
@@ -284,7 +158,7 @@ def _embedding_model_object(model: LocalModel, state: ModelState | None) -> dict
         "supports_dimensions": model.matryoshka is not None,
         "max_tokens": config.max_tokens,
         "pricing": _pricing(model),
-        "modalities": list(entry.modalities if entry else ("text",)),
+        "modalities": list(config.modalities),
         "languages": list(entry.languages) if entry else [],
         "prompts": dict(model.prompts),
         "dtype": state.dtype if ready and state else None,

@@ -1,6 +1,7 @@
-"""Runner: the one owner of a device. A batch of token ids in, vectors out; called from one thread.
+"""Runner: the one owner of a device. A batch of token ids or images in, vectors out; called from one thread.
 
 ids, lengths → PackedRows (sorted) → staged to the device → backend → pool → cut → normalise → check → back, in order
+                                                                    └→ sparse and colbert heads, where asked for
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,13 +19,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from embedserve.kernels import pooling
+from embedserve.kernels import heads, pooling
 from embedserve.models import registry
 from embedserve.models.backend import Backend
 from embedserve.models.batch import Ints, PackedBatch, PackedRows
 from embedserve.models.config import ModelConfig, read_config
-from embedserve.models.errors import BatchError, ModelError
+from embedserve.models.errors import BatchError, CheckpointError, ModelError
+from embedserve.models.heads import load_heads
 from embedserve.server import threads as cpu_threads
+from embedserve.server.arrays import Rows, output_bits, wants
 
 Floats = npt.NDArray[np.float32]
 Flags = npt.NDArray[np.bool_]
@@ -50,7 +53,8 @@ class RunnerInfo:
     """What a runner runs on, for health pages and for the batcher.
 
     max_batch_tokens bounds a batch's cost: the sum of tokens if cost is "packed", rows times the longest if "padded". A
-    single text may exceed it. dimension is the size of an uncut vector.
+    single text may exceed it. modalities are "text" and, if the model takes them, "image". dimension is the size of an
+    uncut vector.
     """
 
     device: str
@@ -59,18 +63,45 @@ class RunnerInfo:
     backend: str
     cost: Literal["packed", "padded"]
     max_batch_tokens: int
+    modalities: tuple[str, ...]
     max_tokens: int
     dimension: int
     threads: int
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A batch's answer, in the caller's order.
+
+    arrays: by the names of `arrays.ARRAYS`; a row that was not to have an output has no elements there. finite: bool
+    [rows], false where what the row was to have holds a NaN or an infinity.
+    """
+
+    arrays: Mapping[str, Rows]
+    finite: Flags
+
+    @property
+    def dense(self) -> Floats:
+        """The vectors as a matrix, float32 [rows, dimensions], where all rows have one of the same size."""
+        rows = self.arrays["dense"]
+        matrix: Floats = rows.elements.reshape(len(rows), int(rows.counts[0]))
+        return matrix
 
 
 class Runner:
     """A loaded model on its device. Build it with `load`; then `warm_up` once, then `run` for each batch."""
 
     def __init__(
-        self, backend: Backend, config: ModelConfig, device: torch.device, dtype: torch.dtype, threads: int
+        self,
+        backend: Backend,
+        config: ModelConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        threads: int,
+        heads: Mapping[str, heads.Head],
     ) -> None:
         self._backend = backend
+        self._heads = heads
         self._config = config
         self._device = device
         self._dtype = dtype
@@ -86,7 +117,7 @@ class Runner:
         config: ModelConfig | None = None,
         device: str = "auto",
         dtype: str = "auto",
-        backend: str = "native",
+        backend: str = "auto",
         threads: int | None = None,
         pin: bool = False,
         progress: Callable[[str], None] = lambda _: None,
@@ -95,28 +126,37 @@ class Runner:
 
         config: what `catalog.configure` made of the folder; read from the folder alone if absent.
         device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N".
-        dtype: "auto" (float16 on CUDA, float32 on the CPU), "float32", "float16" or "bfloat16".
+        dtype: "auto" (float32 on the CPU; on CUDA float16, or bfloat16 for models that overflow float16), "float32",
+            "float16" or "bfloat16".
+        backend: "auto" (our own, where the family is ours), or a key of `registry.BACKENDS`.
         threads: of the CPU's operations; None takes all cores that the process may use.
         pin: on the CPU, give each thread a core of its own where they are as many; see `threads.pin`.
         progress: called with a line of text at each step.
 
         Raises DeviceError for a device or dtype that is not there, CheckpointError for a checkpoint that cannot be run.
         """
+        if config is None:
+            config = read_config(folder)
         place = _pick_device(device)
-        kind = _pick_dtype(dtype, place)
+        kind = _pick_dtype(dtype, place, config, progress)
         count = _set_threads(threads)
         # Large enough an operation to be shared out among all workers.
         if pin and place.type == "cpu" and cpu_threads.pin(count, lambda: torch.ones(1 << 20).add_(1.0)):
             progress(f"{count} threads, each on a core of its own")
-        if config is None:
-            config = read_config(folder)
+        name = registry.backend_for(config.family) if backend == "auto" else backend
         shown = str(kind).removeprefix("torch.")
-        progress(f"loading {folder.name} as {shown} onto {place}")
+        progress(f"loading {folder.name} as {shown} onto {place}, {name} backend")
         started = time.perf_counter()
         with torch.inference_mode():
-            loaded = registry.backend(backend)(config, place, kind)
+            loaded = registry.backend(name)(config, place, kind)
+            heads = {} if loaded.pools else load_heads(config, place, kind)
+        if missing := set(config.outputs) - {"dense", *heads}:
+            raise CheckpointError(
+                f"{folder}: the {name} backend's graph pools by itself and gives no token states, which "
+                f"{' and '.join(sorted(missing))} output needs; use --backend native"
+            )
         progress(f"loaded in {time.perf_counter() - started:.1f} s")
-        return cls(loaded, config, place, kind, count)
+        return cls(loaded, config, place, kind, count, heads)
 
     @property
     def info(self) -> RunnerInfo:
@@ -128,39 +168,118 @@ class Runner:
             backend=self._backend.name,
             cost=self._backend.cost,
             max_batch_tokens=self._max_batch_tokens,
+            modalities=self._config.modalities,
             max_tokens=self._config.max_tokens,
             dimension=self._config.dimension,
             threads=self._threads,
         )
 
     @torch.inference_mode()
-    def run(self, ids: Ints, lengths: Ints, dimensions: Ints) -> tuple[Floats, Flags]:
-        """Embed a batch.
+    def run(self, ids: Ints, lengths: Ints, dimensions: Ints, outputs: Ints | None = None) -> Embedded:
+        """Embed a batch of texts.
 
         ids: int32 [total], the token ids of all texts, one after another. lengths: int32 [rows], tokens of each text.
-        dimensions: int32 [rows], components wanted of each vector, 1 to `info.dimension`.
-
-        Returns (vectors, finite): float32 [rows, max(dimensions)], row i zero from column dimensions[i] on; and bool
-        [rows], false where a vector holds a NaN or an infinity.
+        dimensions: int32 [rows], components wanted of each vector, 1 to `info.dimension`. outputs: int32 [rows], what
+        each text is to have, see `arrays.output_bits`; None is a dense vector each.
 
         Raises BatchError if the arrays do not fit together, an id is not in the vocabulary, a text is longer than the
-        model's positions, or a dimension is out of range.
+        model's positions, a dimension is out of range, or an output is not among the model's.
         """
-        self._check(ids, lengths, dimensions)
+        self._check(ids, lengths, dimensions, outputs)
         rows = PackedRows.pack(ids, lengths)
-        widest = int(dimensions.max())
-        cut = None if int(dimensions.min()) == self._config.dimension else dimensions[rows.order]
-        batch, cut_there = self._stage.send(rows, cut)
+        batch, cut = self._stage.send(rows, self._cut(dimensions[rows.order]))
         states = self._backend.hidden_states(batch)
-        pooled = pooling.pool(states, batch.layout.cu_seqlens, self._config.pooling)
-        vectors, finite = pooling.finish(pooled, cut_there, normalize=self._config.normalize)
-        # The first copy waits for the device; the second finds it done.
-        host_vectors: Floats = vectors[:, :widest].cpu().numpy()
-        host_finite: Flags = finite.cpu().numpy()
-        return rows.restore(host_vectors), rows.restore(host_finite)
+        if self._backend.pools:
+            pooled = states.float()
+        else:
+            pooled = pooling.pool(states, batch.layout.cu_seqlens, self._config.pooling)
+        wanted = None if outputs is None else wants(outputs, "dense")
+        arrays, finite = self._finish(pooled, cut, dimensions, wanted, rows.order)
+        if outputs is not None:
+            if bool(wants(outputs, "sparse").any()):
+                arrays |= self._sparse(states, batch, wants(outputs, "sparse"), finite)
+            if bool(wants(outputs, "colbert").any()):
+                arrays |= self._colbert(states, batch, wants(outputs, "colbert"), finite)
+        return Embedded(arrays, finite)
 
-    def _check(self, ids: Ints, lengths: Ints, dimensions: Ints) -> None:
-        if dimensions.shape != lengths.shape:
+    @torch.inference_mode()
+    def run_images(self, pixels: npt.NDArray[np.uint8], dimensions: Ints) -> Embedded:
+        """Embed a batch of images.
+
+        pixels: uint8, all images of [size, size, 3] red, green and blue, one after another, as `config.images` says.
+        dimensions: as `run`. Raises BatchError as `run`, and where the model takes no images.
+        """
+        images = self._config.images
+        if images is None:
+            raise BatchError("this model takes no images")
+        rows, size = len(dimensions), images.size
+        if not rows or pixels.size != rows * size * size * 3:
+            raise BatchError(f"{pixels.size} bytes of pixels came for {rows} images of {size} by {size}")
+        self._check_dimensions(dimensions)
+        # A copy: the frame's buffer is read-only, which torch does not take.
+        host = torch.from_numpy(pixels.reshape(rows, size, size, 3).copy())
+        cut = self._cut(dimensions)
+        there = None if cut is None else torch.from_numpy(cut).to(self._device)
+        pooled = self._backend.images(host.to(self._device)).float()
+        arrays, finite = self._finish(pooled, there, dimensions, None, np.arange(rows))
+        return Embedded(arrays, finite)
+
+    def _cut(self, dimensions: Ints) -> Ints | None:
+        """The dimensions, or None where no row is cut."""
+        return None if int(dimensions.min()) == self._config.dimension else dimensions
+
+    def _finish(
+        self,
+        pooled: Tensor,
+        cut: Tensor | None,
+        dimensions: Ints,
+        wanted: Flags | None,
+        order: npt.NDArray[np.int64],
+    ) -> tuple[dict[str, Rows], Flags]:
+        """Cut, normalise, check, and bring back into the caller's order, in which dimensions and wanted are."""
+        vectors, finite = pooling.finish(pooled, cut, normalize=self._config.normalize)
+        # The first copy waits for the device; the second finds it done.
+        there: Floats = vectors[:, : int(dimensions.max())].cpu().numpy()
+        host, flags = np.empty_like(there), np.empty(len(there), dtype=np.bool_)
+        host[order], flags[order] = there, finite.cpu().numpy()
+        if wanted is None:
+            return {"dense": Rows.of_matrix(host, dimensions)}, flags
+        return {"dense": Rows.of_matrix(host, np.where(wanted, dimensions, 0).astype(np.int32))}, flags | ~wanted
+
+    def _sparse(self, states: Tensor, batch: PackedBatch, wanted: Flags, finite: Flags) -> dict[str, Rows]:
+        """bge-m3's weights of the rows that want them; clears `finite` where they are not."""
+        rows = batch.host
+        weights, fine = heads.sparse_weights(states, self._heads["sparse"], batch.layout)
+        host: Floats = weights.cpu().numpy()
+        finite[rows.order] &= fine.cpu().numpy() | ~wanted[rows.order]
+        host[~wanted[rows.order][rows.rows]] = 0.0
+        found = heads.sparse_rows(rows.ids, host, rows.cu_seqlens, self._config.ignored_token_ids)
+        back = np.argsort(rows.order)
+        return {
+            "sparse_ids": Rows.of([found[row][0] for row in back], "<i4"),
+            "sparse_weights": Rows.of([found[row][1] for row in back], "<f4"),
+        }
+
+    def _colbert(self, states: Tensor, batch: PackedBatch, wanted: Flags, finite: Flags) -> dict[str, Rows]:
+        """bge-m3's vectors of the rows that want them; clears `finite` where they are not."""
+        kept = wanted[batch.host.order]
+        if not kept.all():
+            part, tokens = batch.host.only(kept)
+            states = states.index_select(0, torch.from_numpy(tokens).to(self._device))
+            batch, _ = self._stage.send(part, None)
+        rows = batch.host
+        vectors, fine = heads.colbert_vectors(states, self._heads["colbert"], batch.layout)
+        host: Floats = vectors.cpu().numpy()
+        finite[rows.order] &= fine.cpu().numpy()
+        pieces = [np.empty(0, np.float32)] * len(wanted)
+        # A row of n tokens has n - 1 vectors.
+        ends = rows.cu_seqlens[1:] - np.arange(1, len(rows.order) + 1)
+        for row, piece in zip(rows.order, np.split(host, ends[:-1]), strict=True):
+            pieces[row] = piece.reshape(-1)
+        return {"colbert": Rows.of(pieces, "<f4")}
+
+    def _check(self, ids: Ints, lengths: Ints, dimensions: Ints, outputs: Ints | None) -> None:
+        if dimensions.shape != lengths.shape or (outputs is not None and outputs.shape != lengths.shape):
             raise BatchError(f"{len(lengths)} lengths came with {len(dimensions)} dimensions; expected one each")
         if not len(ids) or not len(lengths):
             raise BatchError("a batch needs at least one text")
@@ -175,6 +294,13 @@ class Runner:
                 f"a text has {int(lengths.max())} tokens, the model takes {self._config.max_positions}; "
                 "cut it in the tokenizer"
             )
+        self._check_dimensions(dimensions)
+        if outputs is not None:
+            known = output_bits(self._config.outputs)
+            if int(np.bitwise_or.reduce(outputs)) & ~known or not int(outputs.min()):
+                raise BatchError(f"outputs that this model does not have; it has {', '.join(self._config.outputs)}")
+
+    def _check_dimensions(self, dimensions: Ints) -> None:
         if int(dimensions.min()) < 1 or int(dimensions.max()) > self._config.dimension:
             raise BatchError(
                 f"dimensions run from {int(dimensions.min())} to {int(dimensions.max())}; expected 1 to "
@@ -201,6 +327,9 @@ class Runner:
         best = max(rates.values())
         self._max_batch_tokens = next(size for size, rate in rates.items() if rate >= _NEAR_BEST * best)
         progress(f"batches of up to {self._max_batch_tokens} tokens, {best:,.0f} tokens/s")
+        if self._config.images is not None:
+            size = self._config.images.size
+            self.run_images(np.zeros(size * size * 3, np.uint8), np.array([self._config.dimension], np.int32))
 
     def _filled(self, bound: int) -> int:
         """Tokens in a batch of this bound: texts are whole, so it falls short by half a text on average."""
@@ -270,9 +399,18 @@ def _pick_device(asked: str) -> torch.device:
     return torch.device("cuda", int(index or 0))
 
 
-def _pick_dtype(asked: str, device: torch.device) -> torch.dtype:
+def _pick_dtype(asked: str, device: torch.device, config: ModelConfig, progress: Callable[[str], None]) -> torch.dtype:
+    # Activations of these grow beyond float16's range, and vectors would hold infinities.
+    overflows = config.family == "qwen3" or config.stored_dtype == "bfloat16"
     if asked == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
+        if device.type == "cpu":
+            return torch.float32
+        if not overflows:
+            return torch.float16
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        progress(f"{_device_name(device)} has no bfloat16 and the model overflows float16: it runs in float32, slower")
+        return torch.float32
     if asked not in _DTYPES:
         raise DeviceError(f"dtype {asked!r} is unknown; expected auto, {', '.join(_DTYPES)}")
     dtype = _DTYPES[asked]
@@ -281,6 +419,8 @@ def _pick_dtype(asked: str, device: torch.device) -> torch.dtype:
             f"dtype {asked} on the CPU is not supported: it is slower than float32 there and less exact; use "
             "float32 or auto"
         )
+    if dtype == torch.float16 and config.family == "qwen3":
+        raise DeviceError("dtype float16: activations of this model overflow it; use bfloat16, float32 or auto")
     if dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise DeviceError(f"dtype bfloat16: {_device_name(device)} has none; use float16 or float32")
     return dtype

@@ -35,24 +35,34 @@ MAX_PROMPT_CHARACTERS = 8192
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What is to be embedded: token arrays, or texts and images, whose places among all inputs stand beside them.
+
+    An image is what the client sent, base64 or a data URI.
+    """
+
+    token_arrays: Sequence[Sequence[int]] = ()
+    texts: Sequence[str] = ()
+    text_positions: Sequence[int] = ()
+    images: Sequence[str] = ()
+    image_positions: Sequence[int] = ()
+
+    def __len__(self) -> int:
+        return len(self.token_arrays) + len(self.texts) + len(self.images)
+
+
+@dataclass(frozen=True)
 class EmbeddingRequest:
-    """A request that holds together. Exactly one of `texts` and `token_arrays` is given."""
+    """A request that holds together."""
 
     model: ServedModel
-    texts: Sequence[str] | None
-    token_arrays: Sequence[Sequence[int]] | None
+    inputs: Inputs
     encoding_format: str
     dimensions: int
+    outputs: Sequence[str]
     prompt: str
     truncate: Truncate
     user: str | None
-
-    @property
-    def rows(self) -> int:
-        """How many vectors are asked for."""
-        inputs = self.texts if self.texts is not None else self.token_arrays
-        assert inputs is not None
-        return len(inputs)
 
 
 def parse_embedding_request(body: bytes, models: ServedModels, max_inputs: int, max_tokens: int) -> EmbeddingRequest:
@@ -67,7 +77,7 @@ def parse_embedding_request(body: bytes, models: ServedModels, max_inputs: int, 
     if not isinstance(name, str):
         raise _wrong_type("model", "a string", name)
     model = models.get(name)
-    texts, token_arrays = _input(fields.get("input"), max_inputs, max_tokens)
+    inputs = _input(fields.get("input"), model, max_inputs, max_tokens)
     encoding_format = fields.get("encoding_format")
     if encoding_format is None:
         encoding_format = "float"
@@ -80,13 +90,12 @@ def parse_embedding_request(body: bytes, models: ServedModels, max_inputs: int, 
     user = fields.get("user")
     if user is not None and not isinstance(user, str):
         raise _wrong_type("user", "a string", user)
-    _check_outputs(fields.get("outputs"))
     return EmbeddingRequest(
         model=model,
-        texts=texts,
-        token_arrays=token_arrays,
+        inputs=inputs,
         encoding_format=encoding_format,
         dimensions=_dimensions(fields.get("dimensions"), model),
+        outputs=_outputs(fields.get("outputs"), model),
         prompt=_prompt(fields, model),
         truncate=_truncate(fields.get("truncate")),
         user=user,
@@ -128,7 +137,7 @@ def _has_more_values(body: bytes, limit: int) -> bool:
     return sum(map(separators, unescaped.split(b'"')[::2])) > limit
 
 
-def _input(value: Any, limit: int, max_tokens: int) -> tuple[list[str] | None, list[list[int]] | None]:
+def _input(value: Any, model: ServedModel, limit: int, max_tokens: int) -> Inputs:
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list) or not value:
@@ -142,14 +151,39 @@ def _input(value: Any, limit: int, max_tokens: int) -> tuple[list[str] | None, l
             param="input",
         )
     if all(isinstance(item, str) and item for item in value):
-        return value, None
+        return Inputs(texts=value, text_positions=range(len(value)))
     # Before they are looked at one by one: a body has room for ten million of them.
     tokens = sum(len(item) for item in value if isinstance(item, list))
     if tokens > max_tokens:
         raise request_too_long(tokens, max_tokens)
     if all(isinstance(item, list) and item and all(map(_is_token, item)) for item in value):
-        return None, value
+        return Inputs(token_arrays=value)
+    if any(isinstance(item, dict) for item in value) and all(isinstance(item, dict | str) and item for item in value):
+        return _objects(value, model)
     raise invalid_input()
+
+
+def _objects(items: list[Any], model: ServedModel) -> Inputs:
+    """Texts and images, some as objects: ``{"text": …}``, ``{"image": …}``, and ``{"bytes": …}`` for an image too."""
+    found: dict[str, tuple[list[str], list[int]]] = {"text": ([], []), "image": ([], [])}
+    for index, item in enumerate(items):
+        fields = {"text": item} if isinstance(item, str) else item
+        given = [name for name in ("text", "image", "bytes") if fields.get(name) is not None]
+        content = fields[given[0]] if len(given) == 1 else None
+        if not isinstance(content, str) or not content:
+            raise InvalidRequestError(
+                f"Invalid 'input[{index}]': expected an object with one of 'text' and 'image', a string each.",
+                param="input",
+            )
+        kind = "text" if given == ["text"] else "image"
+        if kind == "image" and model.images is None:
+            raise InvalidRequestError(
+                f"Invalid 'input[{index}]': this model takes no images, only texts.", param="input"
+            )
+        found[kind][0].append(content)
+        found[kind][1].append(index)
+    (texts, text_positions), (images, image_positions) = found["text"], found["image"]
+    return Inputs(texts=texts, text_positions=text_positions, images=images, image_positions=image_positions)
 
 
 def _is_token(value: Any) -> bool:
@@ -189,18 +223,19 @@ def _prompt(fields: Mapping[str, Any], model: ServedModel) -> str:
     value = fields[name]
     if not isinstance(value, str):
         raise _wrong_type(name, "a string", value)
+    if name in ("prompt", "instruction") and len(value) > MAX_PROMPT_CHARACTERS:
+        raise InvalidRequestError(
+            f"Invalid '{name}': at most {MAX_PROMPT_CHARACTERS} characters, but got {len(value)} instead.", param=name
+        )
     if name == "prompt":
-        if len(value) > MAX_PROMPT_CHARACTERS:
-            raise InvalidRequestError(
-                f"Invalid 'prompt': at most {MAX_PROMPT_CHARACTERS} characters, but got {len(value)} instead.",
-                param="prompt",
-            )
         return value
     if name == "instruction":
-        raise InvalidRequestError(
-            "This model has no template for instructions. Use 'prompt' to put a text before each input.",
-            param="instruction",
-        )
+        if model.instruction is None:
+            raise InvalidRequestError(
+                "This model has no template for instructions. Use 'prompt' to put a text before each input.",
+                param="instruction",
+            )
+        return model.instruction.replace("{instruction}", value)
     prompts = model.prompts
     if value in prompts:
         return prompts[value]
@@ -226,12 +261,16 @@ def _truncate(value: Any) -> Truncate:
     )
 
 
-def _check_outputs(value: Any) -> None:
-    if value is None or value == ["dense"]:
-        return
-    raise InvalidRequestError(
-        f"Invalid value for 'outputs' = {_shown(value)}. Supported values for this model: ['dense'].", param="outputs"
-    )
+def _outputs(value: Any, model: ServedModel) -> Sequence[str]:
+    if value is None:
+        return ("dense",)
+    named = isinstance(value, list) and all(value.count(output) == 1 for output in value)
+    if not named or not value or not all(output in model.outputs for output in value):
+        raise InvalidRequestError(
+            f"Invalid value for 'outputs' = {_shown(value)}. Supported values for this model: {list(model.outputs)}.",
+            param="outputs",
+        )
+    return [output for output in model.outputs if output in value]
 
 
 def _wrong_type(name: str, expected: str, value: Any) -> InvalidRequestError:

@@ -10,7 +10,7 @@ from typing import Any
 
 from embedserve.models import catalog
 from embedserve.models.catalog import CatalogEntry
-from embedserve.models.config import DimensionRange, ModelConfig
+from embedserve.models.config import DimensionRange, ImageSettings, ModelConfig
 from embedserve.models.errors import ModelNotFoundError
 from embedserve.server.config import Alias, ConfigError, ModelSettings, ServerConfig, Upstream
 from embedserve.server.errors import UnknownModelError
@@ -71,6 +71,21 @@ class _Model(ABC):
         """What `input_type` and `prompt_name` put before a text, by name."""
 
     @property
+    def outputs(self) -> tuple[str, ...]:
+        """What it can give of an input, names of `arrays.OUTPUTS`."""
+        return ("dense",)
+
+    @property
+    def images(self) -> ImageSettings | None:
+        """How images are prepared; None where it takes none."""
+        return None
+
+    @property
+    def instruction(self) -> str | None:
+        """The template that a query's instruction is put into, at ``{instruction}``; None where it has none."""
+        return None
+
+    @property
     @abstractmethod
     def _own_dimensions(self) -> int: ...
 
@@ -112,6 +127,21 @@ class LocalModel(_Model):
         if "passage" in prompts:
             prompts.setdefault("document", prompts["passage"])
         return prompts
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Those of its weights."""
+        return self.config.outputs
+
+    @property
+    def images(self) -> ImageSettings | None:
+        """As its files say."""
+        return self.config.images
+
+    @property
+    def instruction(self) -> str | None:
+        """The one that it was trained with."""
+        return self.config.instruction
 
     @property
     def _own_dimensions(self) -> int:

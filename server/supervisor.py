@@ -110,6 +110,7 @@ class Supervisor:
             models={model.id: model.config for model in self._models.local},
             device=device,
             dtype=config.dtype,
+            backend=config.backend,
             threads=config.threads or None,
             max_batch_tokens=config.max_batch_tokens or None,
         )

@@ -92,8 +92,9 @@ class InvalidTextError(TokenizerError):
     """Text `index` cannot be tokenised: it is no Unicode, or the tokenizer's own rules give up on it."""
 
     def __init__(self, index: int, reason: str) -> None:
-        super().__init__(f"Invalid 'input[{index}]': it cannot be tokenised: {reason}.")
+        super().__init__(f"text {index} cannot be tokenised: {reason}")
         self.index = index
+        self.reason = reason
 
 
 class Truncate(StrEnum):

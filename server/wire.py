@@ -70,15 +70,20 @@ class Hello(_Message, frozen=True):
 
 
 class Submit(_Message, frozen=True):
-    """A request's texts. Payload: lengths int32 [rows], then ids int32 [sum of lengths].
+    """A request's texts, or its images. Payload: lengths int32 [rows], then the items.
 
-    `dimensions` is the size of the vectors asked for. `id` is the front end's own and comes back in every answer.
+    `modality` is ``text``, and the items are token ids int32 [sum of lengths]; or ``image``, and they are pixels,
+    uint8, as many of each image, while the lengths are the tokens that the model makes of them. `dimensions` is the
+    size of the vectors asked for, `outputs` see `arrays.output_bits`. `id` is the front end's own and comes back in
+    every answer.
     """
 
     id: int
     model: str
+    modality: str
     rows: int
     dimensions: int
+    outputs: int
 
 
 class Cancel(_Message, frozen=True):
@@ -131,16 +136,16 @@ class StatusRequest(_Message, frozen=True):
 
 
 class Part(_Message, frozen=True):
-    """Vectors of some rows of request `id`.
+    """The answer to some rows of request `id`.
 
-    Payload: positions int32 [rows] (indices into the request's texts), then vectors float32 [rows, dimension], of which
-    the first `dimensions` columns are what the request asked for. `left` rows are still to come. `queue` and `run` are
-    seconds: until the first of the request's rows began to run, and from then until these were done.
+    Payload: positions int32 [rows] (indices into the request's items), then `arrays` as `arrays.pack` has them. `left`
+    rows are still to come. `queue` and `run` are seconds: until the first of the request's rows began to run, and from
+    then until these were done.
     """
 
     id: int
     rows: int
-    dimension: int
+    arrays: list[str]
     left: int
     queue: float
     run: float
@@ -192,10 +197,11 @@ class StatusReply(_Message, frozen=True):
 
 
 class Run(_Message, frozen=True):
-    """A batch. Payload: lengths int32 [rows], dimensions int32 [rows], ids int32 [sum of lengths]."""
+    """A batch. Payload: lengths, dimensions and outputs, int32 [rows] each, then the items; see `Submit`."""
 
     batch: int
     model: str
+    modality: str
     rows: int
 
 
@@ -203,9 +209,11 @@ class Run(_Message, frozen=True):
 
 
 class ModelReady(msgspec.Struct, frozen=True, array_like=True):
-    """A model that has been loaded and has answered. `cost` is ``packed`` or ``padded``, the bound in its tokens."""
+    """A model that has been loaded and has answered, for one modality. `cost` is ``packed`` or ``padded``, the bound in
+    its tokens."""
 
     name: str
+    modality: str
     max_batch_tokens: int
     cost: str
     device: str
@@ -214,7 +222,7 @@ class ModelReady(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EngineReady(_Message, frozen=True):
-    """What an engine serves; the second frame of its connection."""
+    """What an engine serves, an entry for each modality of a model; the second frame of its connection."""
 
     models: list[ModelReady]
 
@@ -224,13 +232,14 @@ class Pull(_Message, frozen=True):
 
 
 class BatchDone(_Message, frozen=True):
-    """A batch's vectors: float32 [rows, dimension]. `not_finite` lists the rows that hold a NaN or an infinity.
+    """A batch's answer. Payload: `arrays` as `arrays.pack` has them. `not_finite` lists the rows that hold a NaN or an
+    infinity.
 
     `seconds` is the time on the device, `computed_tokens` the tokens that were computed, padding included.
     """
 
     batch: int
-    dimension: int
+    arrays: list[str]
     seconds: float
     computed_tokens: int
     not_finite: list[int]

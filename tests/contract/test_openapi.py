@@ -68,7 +68,7 @@ def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
 def test_what_is_served_is_described_and_what_is_described_is_served(document: dict[str, Any]) -> None:
     unused: Any = None
     client: Any = type("Client", (), {"report": None})
-    app = create_app(Endpoints(ServerConfig(), unused, client, unused, unused), client)
+    app = create_app(Endpoints(ServerConfig(), unused, client, unused), client)
     served = {
         (route.path.replace(":path}", "}"), method.lower())
         for route in app.routes

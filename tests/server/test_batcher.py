@@ -52,13 +52,13 @@ class BatcherMachine(RuleBasedStateMachine):
     @rule(models=st.sets(st.sampled_from(MODELS), min_size=1))
     def take(self, models: set[str]) -> None:
         # Asked again by an engine that has the lowest turn first: the head of the line is always in the batch.
-        heads = {w.key: w.turn for line in self.batcher._lines.values() for w in line.values() if w.model in models}
+        heads = {w.key: w.turn for line in self.batcher._lines.values() for w in line.values() if w.lane in models}
         batch = self.batcher.take({model: self.bounds[model] for model in models})
         if batch is None:
             assert not any(self.waiting[key] for key in self.requests if self.requests[key][0] in models)
             return
-        bound = self.bounds[batch.model]
-        assert batch.model in models
+        bound = self.bounds[batch.lane]
+        assert batch.lane in models
         assert len(batch.lengths) == 1 or cost(list(batch.lengths), bound.cost) <= bound.tokens
         keys = [segment.work.key for segment in batch.segments]
         assert len(keys) == len(set(keys))
@@ -123,8 +123,8 @@ class BatcherMachine(RuleBasedStateMachine):
         self.forget(key)
 
     @rule(model=st.sampled_from(MODELS))
-    def cancel_model(self, model: str) -> None:
-        gone = {work.key for work in self.batcher.cancel_model(model)}
+    def cancel_lane(self, model: str) -> None:
+        gone = {work.key for work in self.batcher.cancel_lane(model)}
         expected = {key for key, (name, _) in self.requests.items() if name == model and self.waiting[key]}
         assert gone == expected
         for key in expected:

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from embedserve.server.arrays import Rows
 from embedserve.server.broker import Broker
 from embedserve.server.client import BrokerClient, NotFiniteError, Result, RunError, Texts
 from embedserve.server.engine import Engine
 from embedserve.server.errors import OverloadedError
+from embedserve.server.runner import Embedded
 
 FAILS, NAN, SLOW = 666, 13, 1000
 """Token ids that make a batch raise, their own vector not finite, or the batch take a while."""
@@ -33,10 +35,16 @@ class FakeRunner:
     @property
     def info(self) -> Any:
         return SimpleNamespace(
-            max_batch_tokens=8, cost="packed", device=self.device, dtype="float32", backend="fake", dimension=2
+            max_batch_tokens=8,
+            modalities=("text",),
+            cost="packed",
+            device=self.device,
+            dtype="float32",
+            backend="fake",
+            dimension=2,
         )
 
-    def run(self, ids: np.ndarray, lengths: np.ndarray, dimensions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def run(self, ids: np.ndarray, lengths: np.ndarray, dimensions: np.ndarray, outputs: np.ndarray) -> Embedded:
         firsts = ids[np.cumsum(lengths) - lengths]
         self.batches.append(firsts.tolist())
         if FAILS in ids:
@@ -45,7 +53,12 @@ class FakeRunner:
             time.sleep(0.2)
         vectors = np.stack([firsts, lengths], axis=1).astype(np.float32)
         vectors[firsts == NAN] = np.nan
-        return vectors[:, : dimensions.max()], np.isfinite(vectors).all(axis=1)
+        return Embedded({"dense": Rows.of_matrix(vectors, dimensions)}, np.isfinite(vectors).all(axis=1))
+
+
+def dense(result: Result) -> list[list[float]]:
+    rows = result.arrays["dense"]
+    return [rows[row].tolist() for row in range(len(rows))]
 
 
 @dataclass
@@ -98,7 +111,7 @@ def test_vectors_come_back_in_order_from_several_batches() -> None:
     async def told(there: World) -> None:
         texts = [[100 + i] * (1 + i % 5) for i in range(40)]
         result = await there.run(*texts)
-        assert result.arrays["dense"].tolist() == [[100 + i, 1 + i % 5] for i in range(40)]
+        assert dense(result) == [[100 + i, 1 + i % 5] for i in range(40)]
         assert len(there.runner.batches) > 5
         assert result.queue >= 0
         assert result.run > 0
@@ -112,8 +125,8 @@ def test_requests_of_different_dimensions_share_a_batch() -> None:
         await asyncio.sleep(0.05)
         one, two = await asyncio.gather(there.run([5], dimensions=1), there.run([6], dimensions=2))
         await slow
-        assert one.arrays["dense"].tolist() == [[5]]
-        assert two.arrays["dense"].tolist() == [[6, 1]]
+        assert dense(one) == [[5]]
+        assert dense(two) == [[6, 1]]
         assert [5, 6] in there.runner.batches
 
     story(told)
@@ -140,7 +153,7 @@ def test_a_request_whose_batch_raises_twice_fails_and_no_neighbour() -> None:
         good, bad = await asyncio.gather(there.run([1], [2]), there.run([FAILS]), return_exceptions=True)
         await slow
         assert isinstance(good, Result)
-        assert good.arrays["dense"].tolist() == [[1, 1], [2, 1]]
+        assert dense(good) == [[1, 1], [2, 1]]
         assert isinstance(bad, RunError)
         assert there.runner.batches.count([FAILS]) == 1, "once alone, after once with the others"
         assert not there.engine.is_lost()

@@ -64,9 +64,9 @@ def arrays(texts: list[list[int]], dimension: int = 384) -> tuple[Ints, Ints, In
 
 
 def embed(runner: Runner, texts: list[list[int]]) -> npt.NDArray[np.float32]:
-    vectors, finite = runner.run(*arrays(texts))
-    assert finite.all()
-    return vectors
+    embedded = runner.run(*arrays(texts))
+    assert embedded.finite.all()
+    return embedded.dense
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_similarities_as_published(runner: Runner, tokenizer: Tokenizer) -> None
 def test_a_shortened_vector_as_published(runner: Runner, tokenizer: Tokenizer) -> None:
     # Text Embeddings Inference's router test: MiniLM, "test", 128 dimensions. Its GELU is the tanh form.
     ids, lengths, dimensions = arrays([tokenizer.encode("test").ids], 128)
-    vectors, _ = runner.run(ids, lengths, dimensions)
+    vectors = runner.run(ids, lengths, dimensions).dense
     assert vectors.shape == (1, 128)
     expected = [0.020964134, 0.04565805, -0.066505864, 0.10739273, -0.013054413, -0.07467599]
     assert np.allclose(vectors[0, :6], expected, atol=1e-3)
@@ -128,13 +128,12 @@ def test_each_row_has_its_own_dimension(runner: Runner, encoded: list[list[int]]
     full = embed(runner, encoded)
     ids, lengths, _ = arrays(encoded)
     dimensions = np.random.default_rng(0).integers(1, 200, len(encoded), dtype=np.int32)
-    vectors, finite = runner.run(ids, lengths, dimensions)
-    assert vectors.shape == (len(encoded), dimensions.max())
-    assert finite.all()
-    for found, whole, dimension in zip(vectors, full, dimensions, strict=True):
+    embedded = runner.run(ids, lengths, dimensions)
+    assert embedded.arrays["dense"].counts.tolist() == dimensions.tolist()
+    assert embedded.finite.all()
+    for row, (whole, dimension) in enumerate(zip(full, dimensions, strict=True)):
         cut = whole[:dimension] / np.linalg.norm(whole[:dimension])
-        assert np.abs(found[:dimension] - cut).max() < 1e-5
-        assert not found[dimension:].any()
+        assert np.abs(embedded.arrays["dense"][row] - cut).max() < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -178,9 +177,9 @@ def test_a_text_with_a_broken_embedding_fails_alone(folder: Path, tmp_path: Path
     save_file(tensors, tmp_path / "model.safetensors")
     texts = ["poison", "water", "the poison is in one of three", "bread and wine"]
     encoded = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
-    vectors, finite = Runner.load(tmp_path, device="cpu").run(*arrays(encoded))
-    assert finite.tolist() == [False, True, False, True]
-    assert np.isfinite(vectors[[1, 3]]).all()
+    embedded = Runner.load(tmp_path, device="cpu").run(*arrays(encoded))
+    assert embedded.finite.tolist() == [False, True, False, True]
+    assert np.isfinite(embedded.dense[[1, 3]]).all()
 
 
 @pytest.mark.parametrize(
