@@ -123,6 +123,11 @@ def read_pickle(path: Path) -> Mapping[str, Tensor]:
                 f"{path}: entry {name!r} is a {type(value).__name__}; expected a dict of tensors alone, as "
                 "`torch.save(model.state_dict(), …)` writes it"
             )
+        if value.layout is not torch.strided or value.is_quantized:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} is {'quantised' if value.is_quantized else 'sparse'}, which safetensors cannot "
+                "hold; take the original checkpoint"
+            )
     return content
 
 
@@ -133,7 +138,11 @@ def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage().data_ptr()
         # Tied tensors are written twice: which of the names a model's code looks up is not known here.
-        stored[name] = tensor.detach().clone() if storage in seen else tensor.detach().contiguous()
+        stored[name] = (
+            tensor.detach().clone(memory_format=torch.contiguous_format)
+            if storage in seen
+            else tensor.detach().contiguous()
+        )
         seen.add(storage)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
