@@ -32,7 +32,7 @@ class CatalogEntry:
         caller's own, with `{instruction}` in it. Neither is ever added unasked.
     matryoshka: sizes that vectors may be cut to, or None.
     append_token_ids: what must end every text, also where the tokenizer's file is too old to add it.
-    languages: ISO 639 codes, "mul" for a hundred and more.
+    languages: ISO 639-1 codes, or "multilingual" for a hundred and more.
     parameters: of the whole checkpoint. stored_dtype: of its tensors.
     created: Unix time of the day on which the weights were published, None where no source was at hand.
     unverified: what about this model rests on inference until its self-test has run on the real weights, or None.
@@ -161,7 +161,7 @@ def _qwen3(size: str, dimensions: int, parameters: int, revision: str) -> Catalo
         dimensions=dimensions,
         max_tokens=32768,
         pooling="last",
-        languages=("mul",),
+        languages=("multilingual",),
         licence="Apache-2.0",
         owned_by="Qwen",
         parameters=parameters,
@@ -206,7 +206,7 @@ CATALOG: tuple[CatalogEntry, ...] = (
         dimensions=1024,
         max_tokens=8192,
         pooling="cls",
-        languages=("mul",),
+        languages=("multilingual",),
         licence="MIT",
         owned_by="BAAI",
         parameters=567_754_752,

@@ -29,7 +29,7 @@ def table(models_dir: Path | None) -> str:
         if entry.unverified
     ]
     notes = [
-        "Dimensions such as 32-1024: vectors may be cut to any of these sizes. mul: a hundred languages and more. "
+        "Dimensions such as 32-1024: vectors may be cut to any of these sizes. "
         "Folders of other models are served too: `embedserve serve --model FOLDER`.",
         *remarks,
     ]

@@ -322,7 +322,7 @@ def _truncation(embedder: Embedder) -> Iterator[Check]:
 
 def _answer(embedder: Embedder) -> Iterator[Check]:
     entry = embedder.model.entry
-    if entry is None or not {"en", "mul"} & set(entry.languages):
+    if entry is None or not {"en", "multilingual"} & set(entry.languages):
         return
     query = embedder.dense([golden.RED_PLANET], prompt=embedder.model.prompts.get("query", ""))[0]
     nearest = int((embedder.dense(golden.PLANETS) @ query).argmax())
