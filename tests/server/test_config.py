@@ -3,11 +3,15 @@
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from embedserve.server.config import APIKey, ConfigError, ServerConfig, load
+from embedserve.models.config import DimensionRange
+from embedserve.server.config import Alias, APIKey, ConfigError, ServerConfig, load
+from embedserve.server.served import find_models
+from embedserve.server.upstreams import CLOSED
 
 
 def test_flags_win_over_environment_over_file_over_default(tmp_path: Path) -> None:
@@ -42,6 +46,49 @@ def test_tables_for_single_models(tmp_path: Path) -> None:
     assert settings == {"BAAI/bge-m3": {"token_ids": "native", "price": 0.5}}
 
 
+def test_an_alias_is_an_id_or_a_table(tmp_path: Path) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text(
+        '[aliases]\na = "BAAI/bge-m3"\nb = { model = "BAAI/bge-m3", price = 1, default_prompt_name = "q" }\n'
+    )
+    assert load({"config": str(file)}, {}).aliases == {
+        "a": Alias("BAAI/bge-m3"),
+        "b": Alias("BAAI/bge-m3", {"price": 1.0, "default_prompt_name": "q"}),
+    }
+
+
+def test_an_upstream_of_a_known_model_needs_no_more_than_its_name_and_the_key(tmp_path: Path) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text('[upstreams."Text-Embedding-3-Large"]\nkey_env = "OPENAI_API_KEY"\ncurrency = "EUR"\n')
+    [(name, upstream)] = load({"config": str(file)}, {"OPENAI_API_KEY": " sk-1 "}).upstreams.items()
+    assert name == "Text-Embedding-3-Large"
+    known = CLOSED["text-embedding-3-large"]
+    assert upstream == replace(known, key="sk-1", settings={"token_ids": "native", "currency": "EUR"})
+    assert "sk-1" not in repr(upstream)
+
+
+def test_an_upstream_of_any_other_model(tmp_path: Path) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text(
+        '[upstreams.ours]\nbase_url = "http://10.0.0.7:8080/v1/"\ndimensions = 2048\n'
+        "allowed_dimensions = [1024, 256]\nmodel = 'embedding-3'\n"
+    )
+    upstream = load({"config": str(file)}, {}).upstreams["ours"]
+    assert (upstream.base_url, upstream.model, upstream.key) == ("http://10.0.0.7:8080/v1", "embedding-3", None)
+    assert upstream.matryoshka == DimensionRange(256, 1024, (256, 1024))
+
+
+def test_the_five_closed_models() -> None:
+    facts = {name: (known.dimensions, known.matryoshka, known.max_tokens) for name, known in CLOSED.items()}
+    assert facts == {
+        "text-embedding-3-small": (1536, DimensionRange(1, 1536), 8192),
+        "text-embedding-3-large": (3072, DimensionRange(1, 3072), 8192),
+        "text-embedding-ada-002": (1536, None, 8192),
+        "Baichuan-Text-Embedding": (1024, None, 512),
+        "zhipu-embedding-2": (1024, None, 512),
+    }
+
+
 def test_kubernetes_variable_of_a_service_called_embedserve_is_no_port() -> None:
     environment = {"EMBEDSERVE_PORT": "tcp://10.0.0.7:8000", "EMBEDSERVE_SERVICE_HOST": "10.0.0.7"}
     assert load({}, environment).port == 8000
@@ -68,6 +115,27 @@ def test_kubernetes_variable_of_a_service_called_embedserve_is_no_port() -> None
         ({}, {}, "[model_settings]\nx = 1", "expected tables such as"),
         ({}, {}, '[model_settings."m"]\nprize = 1', "there is no setting 'prize'"),
         ({}, {}, '[model_settings."m"]\ntoken_ids = "mine"', "expected one of cl100k, native"),
+        ({}, {}, '[model_settings."m"]\nprice = -1', "price: expected a number of at least 0, not -1"),
+        ({}, {}, '[model_settings."m"]\nprice = nan', "price: expected a number of at least 0"),
+        ({}, {}, "[model_settings.m]\n[model_settings.M]", "M and m are one name"),
+        ({}, {}, "aliases = 3", "expected lines such as"),
+        ({}, {}, "[aliases]\nx = 1", "expected lines such as"),
+        ({}, {}, "[aliases]\nx = ''", "aliases.x: model: expected a text"),
+        ({}, {}, "[aliases]\nx = { dimensions = 3 }", "aliases.x: expected `model`"),
+        ({}, {}, "[aliases]\nx = { model = 'a', dimension = 3 }", "there is no setting 'dimension'"),
+        ({}, {}, "[aliases]\n'\u00fc' = 'a'", "use ASCII"),
+        ({}, {}, "[upstreams.x]\nbase_url = 'https://a/v1'", "expected base_url and dimensions"),
+        ({}, {}, "[upstreams.zhipu-embedding-2]\nbase_url = 'ftp://a'", "base_url: expected a URL such as"),
+        ({}, {}, "[upstreams.zhipu-embedding-2]\nbase_url = 'http://me:secret@a/v1'", "without a user, a key"),
+        ({}, {}, "[upstreams.zhipu-embedding-2]\nbase_url = 'http://a:99999/v1'", "base_url: expected a URL"),
+        ({}, {}, "[upstreams.zhipu-embedding-2]\nbase_url = 'http:///v1'", "base_url: expected a URL"),
+        ({}, {}, "[upstreams.zhipu-embedding-2]\nkey_env = 'ZHIPU_KEY'", "variable ZHIPU_KEY is not set"),
+        ({}, {"ZHIPU_KEY": "\n"}, "[upstreams.zhipu-embedding-2]\nkey_env = 'ZHIPU_KEY'", "is not set"),
+        ({}, {"ZHIPU_KEY": "ü"}, "[upstreams.zhipu-embedding-2]\nkey_env = 'ZHIPU_KEY'", "a key of printable ASCII"),
+        ({}, {}, "[upstreams.zhipu-embedding-2]\nretries = 99", "retries: expected a whole number from 0 to 10"),
+        ({}, {}, "[upstreams.zhipu-embedding-2]\ntimeout_seconds = 0", "expected a number of at least 0.1, at most"),
+        ({}, {}, "[upstreams.zhipu-embedding-2]\nallowed_dimensions = [2048]", "sizes of at most 1024"),
+        ({}, {}, "[upstreams.zhipu-embedding-2]\nallowed_dimensions = 'some'", '"any", or a list of whole numbers'),
     ],
 )
 def test_what_is_said_of_a_wrong_value(
@@ -81,6 +149,50 @@ def test_what_is_said_of_a_wrong_value(
         load(flags, environment)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_key_in_the_place_of_its_variable_is_not_repeated(tmp_path: Path) -> None:
+    file = tmp_path / "server.toml"
+    for line in ('key_env = "sk-hunter2"', 'key = "sk-hunter2"'):
+        file.write_text(f"[upstreams.text-embedding-3-small]\n{line}\n")
+        with pytest.raises(ConfigError) as caught:
+            load({"config": str(file)}, {})
+        assert "key_env" in str(caught.value)
+        assert "hunter2" not in str(caught.value)
+
+
+ALIAS_OF_MINILM = 'model = "all-MiniLM-L6-v2"'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[aliases]\nx = "BAAI/bge-m3"', "aliases.x: no model 'BAAI/bge-m3' is served; there are "),
+        ('[aliases]\nx = "y"\ny = "all-MiniLM-L6-v2"', "aliases.x: 'y' is an alias itself"),
+        ('[aliases]\nx = "x"', "aliases.x: 'x' is an alias itself"),
+        ('[aliases]\n"ALL-minilm-l6-v2" = "all-MiniLM-L6-v2"', "is a name of sentence-transformers/all-MiniLM-L6-v2"),
+        (f"[aliases]\nx = {{ {ALIAS_OF_MINILM}, dimensions = 64 }}", "x: dimensions: expected 384, the size of"),
+        (f"[aliases]\nx = {{ {ALIAS_OF_MINILM}, default_prompt_name = 'q' }}", "has no prompt 'q'; it has none"),
+        ("[upstreams.text-embedding-3-small]\n[model_settings.text-embedding-3-small]\ndimensions = 1537", "1 to 1536"),
+        ("[upstreams.'sentence-transformers/ALL-MiniLM-L6-v2']\nbase_url = 'http://a'\ndimensions = 1", "two models"),
+        ('[model_settings."BAAI/bge-m3"]\nprice = 1', "BAAI/bge-m3: no such model is served"),
+        ("model = []", "expected a model to serve, or an upstream"),
+    ],
+)  # fmt: skip
+def test_names_that_cannot_be(content: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        find_models(load({"config": str(file)}, {}))
+    assert message in str(caught.value)
+
+
+def test_a_whole_name_comes_before_the_end_of_another(tmp_path: Path) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text("[upstreams.all-MiniLM-L6-v2]\nbase_url = 'http://10.0.0.7/v1'\ndimensions = 384\n")
+    models = find_models(load({"config": str(file)}, {}))
+    assert models.get("all-minilm-l6-v2") is models.relayed[0]
+    assert models.get("sentence-transformers/all-minilm-l6-v2") is models.local[0]
 
 
 def test_a_wrong_key_is_not_repeated() -> None:
@@ -115,6 +227,21 @@ def test_the_command_says_what_is_wrong_in_one_line(arguments: list[str], messag
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.startswith("embedserve: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_an_alias_without_its_model_ends_the_command(tmp_path: Path) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text('[aliases]\n"text-embedding-3-small" = "BAAI/bge-m3"\n')
+    done = subprocess.run(
+        [sys.executable, "-m", "embedserve.server.cli", "serve", "--port", "0", "--config", str(file)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("embedserve: aliases.text-embedding-3-small: no model 'BAAI/bge-m3' is served")
     assert done.stderr.count("\n") == 1, done.stderr
 
 
