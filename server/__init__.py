@@ -14,6 +14,7 @@ The way of a request:
         tokenizer.py            text → token ids
       client.py     what an endpoint calls to get vectors
         wire.py                 frames between the processes
+      relay.py      what it calls where the model runs elsewhere (upstreams.py)
     broker.py       the process with the queue, the limits and the counters
       batcher.py    the queue's rules
       metrics.py    the counters
@@ -22,6 +23,6 @@ The way of a request:
       threads.py    the CPU's threads
     client.py, encode.py        vectors → response
 
-Around them: cli.py and config.py read the settings, supervisor.py starts and watches the processes, process.py is what
+Around them: cli.py and config.py (tables.py, parsers.py) read the settings, supervisor.py starts and watches the processes, process.py is what
 those have in common, errors.py is the tree of errors, openapi.py describes the API, log.py writes the lines.
 """

@@ -49,9 +49,18 @@ file that --config names: --rate-limit 50 is EMBEDSERVE_RATE_LIMIT=50 or `rate_l
 environment, the environment over the file. Only the file has tables for single models:
 
   [model_settings."BAAI/bge-base-en-v1.5"]
-  token_ids = "native"      # token arrays in requests are this model's own ids; default "cl100k"
-  price = 0.02              # per million tokens, shown in /v1/embedding-models
+  token_ids = "native"              # token arrays in requests are this model's own ids; default "cl100k"
+  default_prompt_name = "query"     # the prompt of requests that do not say; default as the model's files have it
+  dimensions = 768                  # of vectors for requests that do not say
+  price = 0.02                      # per million tokens, shown in /v1/embedding-models
   currency = "USD"
+
+  [aliases]                         # other names for models, with any of these settings of their own
+  "my-embeddings" = "BAAI/bge-base-en-v1.5"
+  "text-embedding-ada-002" = { model = "BAAI/bge-base-en-v1.5", price = 0.1 }
+
+  [upstreams."text-embedding-3-small"]      # relay requests for this name to another server; needs network access
+  key_env = "OPENAI_API_KEY"                # the variable with the key for it
 
 SIGTERM, SIGHUP and Ctrl-C end the server once the requests in flight are answered; a second one ends it at once.
 """
@@ -148,7 +157,7 @@ where a check failed.
 def _selftest_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="as --model of `embedserve serve` takes it")
     parser.add_argument("--json", action="store_true", help="a JSON line for each check")
-    config.add_options(parser, ["models_dir", "device", "dtype", "threads"])
+    config.add_options(parser, ["models_dir", "device", "dtype", "backend", "threads"])
 
 
 def _selftest(options: argparse.Namespace) -> int:
