@@ -214,14 +214,13 @@ def _check_loaded(folder: Path, kind: str, report: dict[str, Any]) -> None:
 
     transformers fills what is missing with random numbers and says so in a warning.
     """
-    mismatched = _listed(map(str, report["mismatched_keys"]))
-    if mismatched:
-        raise CheckpointError(
-            f"{folder}: {mismatched}: not of the shape that config.json asks for; the two do not belong together"
-        )
-    other = (
-        "the weights belong to another architecture than config.json says, and running them would give wrong vectors"
+    mismatched = _listed(
+        f"{name} is {list(found)} where config.json asks for {list(wanted)}"
+        for name, found, wanted in report["mismatched_keys"]
     )
+    if mismatched:
+        raise CheckpointError(f"{folder}: {mismatched}; the two do not belong to one checkpoint")
+    other = "the weights are of another architecture than config.json says, and running them would give wrong vectors"
     missing = _listed(name for name in report["missing_keys"] if not _DISPENSABLE.fullmatch(name))
     if missing:
         raise CheckpointError(f"{folder}: the checkpoint has no {missing}, which {kind} of transformers needs; {other}")

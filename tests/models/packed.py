@@ -26,7 +26,7 @@ def randomise(model: torch.nn.Module) -> torch.nn.Module:
     torch.manual_seed(7)
     for name, parameter in model.named_parameters():
         norm = "norm" in name.lower() and name.endswith("weight")
-        scale = 0.1 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
+        scale = 0.1 if parameter.dim() < 2 else parameter.shape[-1] ** -0.5
         parameter.copy_(torch.randn_like(parameter) * scale + norm)
     return model.eval()
 

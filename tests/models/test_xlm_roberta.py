@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.models.packed import expected_states, largest_difference, load, pack, random_texts, randomise, states_of
+from tests.models.packed import CPU, expected_states, largest_difference, load, pack, random_texts, randomise, states_of
 from torch import Tensor
 from transformers import RobertaModel, XLMRobertaForMaskedLM, XLMRobertaModel
 
 from embedserve.kernels.heads import colbert_vectors, sparse_weights
 from embedserve.models.config import read_config
 from embedserve.models.errors import CheckpointError
+from embedserve.models.heads import load_heads
 
 # No size is a power of two or equals another.
 TINY: dict[str, Any] = {
@@ -159,27 +160,27 @@ def test_the_heads_make_their_outputs_of_the_same_states(checkpoint: Checkpoint)
     theirs = reference()
     folder = checkpoint(dict(theirs.state_dict()))
     heads = write_heads(folder)
-    ours = load(folder)
-    assert set(ours.heads) == {"sparse", "colbert"}
+    found = load_heads(read_config(folder), CPU, torch.float32)
+    assert set(found) == {"sparse", "colbert"}
 
     batch = pack(random_texts())
-    states = ours(batch)
+    states = load(folder)(batch)
     expected = torch.cat(expected_states(theirs, torch.split(batch.ids, batch.host.lengths.tolist()))).double()
     projected = {name: expected @ head["weight"].double().T + head["bias"].double() for name, head in heads.items()}
 
-    weights, _ = sparse_weights(states, ours.heads["sparse"], batch.layout)
+    weights, _ = sparse_weights(states, found["sparse"], batch.layout)
     assert (weights - projected["sparse"][:, 0].clamp_min(0)).abs().max() < 1e-5
-    vectors, _ = colbert_vectors(states, ours.heads["colbert"], batch.layout)
+    vectors, _ = colbert_vectors(states, found["colbert"], batch.layout)
     behind_the_first = projected["colbert"][batch.layout.positions > 0]
     assert largest_difference([vectors], [torch.nn.functional.normalize(behind_the_first)]) < 1e-5
 
 
 def test_without_their_files_there_are_no_heads(checkpoint: Checkpoint) -> None:
-    assert not load(checkpoint(dict(reference().state_dict()))).heads
+    assert not load_heads(read_config(checkpoint(dict(reference().state_dict()))), CPU, torch.float32)
 
 
 def test_a_head_of_another_shape_is_refused_by_its_file(checkpoint: Checkpoint) -> None:
     folder = checkpoint(dict(reference().state_dict()))
     write_heads(folder, sparse=2)
     with pytest.raises(CheckpointError, match=r"sparse_linear\.safetensors.*\[2, 96\].*\[1, 96\]"):
-        load(folder)
+        load_heads(read_config(folder), CPU, torch.float32)
