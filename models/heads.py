@@ -8,7 +8,7 @@ import torch
 
 from embedserve.kernels.heads import Head
 from embedserve.models.config import HEADS, ModelConfig
-from embedserve.models.weights import Weights
+from embedserve.models.weights import Parameters, Weights
 
 
 def load_heads(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Mapping[str, Head]:
@@ -19,8 +19,7 @@ def load_heads(config: ModelConfig, device: torch.device, dtype: torch.dtype) ->
     for output in config.outputs:
         if output in components:
             with Weights(config.weights_folder, file=HEADS[output][0]) as weights:
-                weight = weights.take("weight", (components[output], width)).to(device, dtype)
-                bias = weights.take("bias", (components[output],)).to(device, dtype)
-                weights.finish()
-            heads[output] = Head(weight, bias)
+                parameters = Parameters(weights, device, dtype)
+                weight = parameters.tensor("weight", components[output], width)
+                heads[output] = Head(weight, parameters.tensor("bias", components[output]))
     return heads

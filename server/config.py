@@ -92,8 +92,8 @@ class ServerConfig:
     backend: str = _option(
         "auto",
         parsers.choice("auto", "native", "onnx", "transformers"),
-        "what computes: native is our own packed code, onnx the graphs in the model's folder, transformers its class of "
-        "that name; auto is native for the families that we have, else transformers",
+        "what computes: native is our own packed code, onnx the graph in the model's folder, transformers the class of "
+        "the library; auto is native for the families that we have, else transformers",
         metavar="auto|native|onnx|transformers",
         group="Models",
     )
