@@ -198,7 +198,7 @@ def vision(
 
     head_dim = width // heads
     half = head_dim // 2
-    frequencies = [10000 ** (-2 * j / half) for j in range(half // 2)]
+    frequencies = torch.tensor([10000 ** (-2 * j / half) for j in range(half // 2)], dtype=torch.float64)
     scale = 1.0 if trained_grid is None else trained_grid / grid
 
     def turn(vectors: Tensor) -> Tensor:
@@ -215,13 +215,13 @@ def vision(
             if wrong == "rows and columns swapped":
                 row, column = column, row
             for axis, position in ((0, row), (1, column)):
-                for j, frequency in enumerate(frequencies):
-                    a, b = axis * half + 2 * j, axis * half + 2 * j + 1
-                    if wrong == "half-split pairs":
-                        a, b = axis * half + j, axis * half + j + half // 2
-                    angle = position * scale * frequency
-                    turned[token, a] = vectors[token, a] * math.cos(angle) - vectors[token, b] * math.sin(angle)
-                    turned[token, b] = vectors[token, b] * math.cos(angle) + vectors[token, a] * math.sin(angle)
+                begin, end = axis * half, (axis + 1) * half
+                first, second = slice(begin, end, 2), slice(begin + 1, end, 2)
+                if wrong == "half-split pairs":
+                    first, second = slice(begin, begin + half // 2), slice(begin + half // 2, end)
+                cos, sin = torch.cos(position * scale * frequencies), torch.sin(position * scale * frequencies)
+                a, b = vectors[token, first], vectors[token, second]
+                turned[token, first], turned[token, second] = a * cos - b * sin, b * cos + a * sin
         return turned
 
     block = 0
