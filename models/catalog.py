@@ -71,17 +71,19 @@ class CatalogEntry:
     @property
     def backends(self) -> tuple[str, ...]:
         """The backends that run it, the default first."""
-        return _BACKENDS[self.family]
+        return BACKENDS[self.family]
 
 
-# transformers has no JinaBERT and no jina-clip: their authors' code comes with the checkpoint and is never run.
-_BACKENDS = {
+BACKENDS = {
     "bert": ("native", "onnx", "transformers"),
     "xlm_roberta": ("native", "onnx", "transformers"),
     "jina_bert": ("native", "onnx"),
     "qwen3": ("native", "onnx", "transformers"),
     "jina_clip": ("native",),
+    "foreign": ("transformers", "onnx"),
 }
+"""Family → the backends that run it, the default first. transformers has no JinaBERT and no jina-clip: their authors'
+code comes with the checkpoint and is never run."""
 
 
 def _day(year: int, month: int, day: int) -> int:

@@ -6,9 +6,10 @@ from typing import Any
 
 from embedserve.models import catalog
 from embedserve.models.catalog import CATALOG, CatalogEntry
+from embedserve.models.config import DimensionRange
 from embedserve.models.errors import ModelError
 
-__all__ = ["describe", "table"]
+__all__ = ["describe", "sizes_object", "table"]
 
 _HEAD = ("MODEL", "DIMENSIONS", "MAX TOKENS", "LANGUAGES", "TAKES", "GIVES", "PROMPTS", "LICENCE", "BACKENDS", "FILES")
 
@@ -36,6 +37,14 @@ def table(models_dir: Path | None) -> str:
     return "\n".join([*lines, "", *(textwrap.fill(note, 120) for note in notes)])
 
 
+def sizes_object(sizes: DimensionRange | None) -> dict[str, Any] | None:
+    """The sizes that vectors may be cut to, as JSON; `listed` is None where all between the two are allowed."""
+    if sizes is None:
+        return None
+    listed = None if sizes.listed is None else list(sizes.listed)
+    return {"minimum": sizes.minimum, "maximum": sizes.maximum, "listed": listed}
+
+
 def _folder(entry: CatalogEntry, models_dir: Path | None) -> Path | None:
     try:
         return catalog.locate(entry.id, models_dir)
@@ -44,7 +53,6 @@ def _folder(entry: CatalogEntry, models_dir: Path | None) -> Path | None:
 
 
 def _fields(entry: CatalogEntry, folder: Path | None) -> dict[str, Any]:
-    sizes = entry.matryoshka
     return {
         "id": entry.id,
         "name": entry.name,
@@ -53,7 +61,7 @@ def _fields(entry: CatalogEntry, folder: Path | None) -> dict[str, Any]:
         "family": entry.family,
         "backends": list(entry.backends),
         "dimensions": entry.dimensions,
-        "matryoshka": None if sizes is None else {"minimum": sizes.minimum, "maximum": sizes.maximum},
+        "matryoshka": sizes_object(entry.matryoshka),
         "max_tokens": entry.max_tokens,
         "pooling": entry.pooling,
         "languages": list(entry.languages),

@@ -6,6 +6,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from embedserve.models.catalog import BACKENDS
 from embedserve.server.auth import Authenticator
 from embedserve.server.client import BrokerClient
 from embedserve.server.config import ServerConfig
@@ -14,6 +15,7 @@ from embedserve.server.encode import embedding_response
 from embedserve.server.errors import AuthenticationError, OverloadedError, RateLimitError
 from embedserve.server.exchange import Exchange, read_body, unless_gone
 from embedserve.server.limits import client_address
+from embedserve.server.model_list import sizes_object
 from embedserve.server.openapi import openapi_document
 from embedserve.server.schemas import EmbeddingRequest, parse_embedding_request
 from embedserve.server.served import LocalModel, RelayedModel, ServedModel, ServedModels
@@ -156,11 +158,17 @@ def _embedding_model_object(model: LocalModel, state: ModelState | None) -> dict
         "dimensions": model.dimensions,
         "max_dimensions": model.size,
         "supports_dimensions": model.matryoshka is not None,
+        "matryoshka": sizes_object(model.matryoshka),
         "max_tokens": config.max_tokens,
         "pricing": _pricing(model),
         "modalities": list(config.modalities),
+        "outputs": list(config.outputs),
         "languages": list(entry.languages) if entry else [],
         "prompts": dict(model.prompts),
+        "instruction": config.instruction,
+        "licence": entry.licence if entry else None,
+        "unverified": entry.unverified if entry else None,
+        "backends": list(BACKENDS[config.family]),
         "dtype": state.dtype if ready and state else None,
         "backend": state.backend if ready and state else None,
         "device": state.device if ready and state else None,
@@ -178,11 +186,17 @@ def _relayed_model_object(model: RelayedModel) -> dict[str, Any]:
         "dimensions": model.dimensions,
         "max_dimensions": model.size,
         "supports_dimensions": model.matryoshka is not None,
+        "matryoshka": sizes_object(model.matryoshka),
         "max_tokens": upstream.max_tokens,
         "pricing": _pricing(model),
         "modalities": ["text"],
+        "outputs": ["dense"],
         "languages": list(upstream.languages),
         "prompts": {},
+        "instruction": None,
+        "licence": None,
+        "unverified": None,
+        "backends": ["relay"],
         "dtype": None,
         "backend": "relay",
         "device": None,

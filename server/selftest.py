@@ -26,7 +26,7 @@ from embedserve.server.runner import Runner
 from embedserve.server.served import LocalModel, find_models
 from embedserve.server.tokenizer import Encoded, Truncate
 
-__all__ = ["Check", "Embedder", "checks", "consistency", "main", "published", "report"]
+__all__ = ["Check", "LoadedModel", "checks", "consistency", "main", "published", "report"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -78,7 +78,7 @@ class Check:
     tolerance: float | None = None
 
 
-class Embedder:
+class LoadedModel:
     """A model's tokenizer and runner, as the server joins them."""
 
     def __init__(self, model: LocalModel, runner: Runner) -> None:
@@ -111,6 +111,12 @@ class Embedder:
         rows = self._run(texts, "colbert")["colbert"]
         return [rows[row].reshape(-1, self.info.dimension) for row in range(len(texts))]
 
+    def images(self, pixels: npt.NDArray[np.uint8]) -> Floats:
+        """Vectors [images, dimension] of one batch of pixels, uint8 [images, size, size, 3]."""
+        sizes = np.full(len(pixels), self.info.dimension, dtype=np.int32)
+        embedded = self._runner.run_images(pixels, sizes)
+        return np.where(embedded.finite[:, None], embedded.dense, np.float32("nan"))
+
     def _run(self, texts: Sequence[str], output: str) -> Mapping[str, Rows]:
         encoded = self._encode(texts)
         sizes = np.full(len(texts), self.info.dimension, dtype=np.int32)
@@ -137,6 +143,7 @@ def main(settings: ServerConfig, name: str, *, as_json: bool) -> int:
             config=model.config,
             device=settings.device,
             dtype=dtype,
+            backend=settings.backend,
             threads=settings.threads or None,
             progress=lambda line: print(line, file=sys.stderr),
         )
@@ -147,13 +154,13 @@ def main(settings: ServerConfig, name: str, *, as_json: bool) -> int:
 def checks(model: LocalModel, load: Callable[[str], Runner], dtype: str) -> Iterator[Check]:
     """All checks of a model. `load` reads its weights as the dtype that it is given: `dtype`, and then, where that was
     no float32, "float32". Raises ModelError for a checkpoint that cannot be run."""
-    embedder = Embedder(model, load(dtype))
+    loaded = LoadedModel(model, load(dtype))
     if model.entry is not None:
-        yield from published(model.entry.id, embedder)
-    yield from consistency(embedder)
-    if embedder.info.dtype != "float32":
-        shown, vectors = embedder.info.dtype, embedder.dense(TEXTS)
-        del embedder  # its memory is wanted
+        yield from published(model.entry.id, loaded)
+    yield from consistency(loaded)
+    if loaded.info.dtype != "float32":
+        shown, vectors = loaded.info.dtype, loaded.dense(TEXTS)
+        del loaded  # its memory is wanted
         yield _float32(shown, vectors, model, load)
 
 
@@ -173,21 +180,21 @@ def report(results: Iterator[Check], model: LocalModel, out: TextIO, *, as_json:
 # ---------------------------------------------------------------------------------------------------- published values
 
 
-def published(model: str, embedder: Embedder) -> Iterator[Check]:
+def published(model: str, loaded: LoadedModel) -> Iterator[Check]:
     """What other implementations of this catalogue id give, against ours."""
     for value in golden.published(model):
-        yield _against(value, embedder)
+        yield _against(value, loaded)
 
 
-def _against(value: Golden, embedder: Embedder) -> Check:
-    source, dtype = SOURCES[value.source], embedder.info.dtype
+def _against(value: Golden, loaded: LoadedModel) -> Check:
+    source, dtype = SOURCES[value.source], loaded.info.dtype
     if isinstance(value, Tokens):
-        ids = embedder.tokens(value.text)
+        ids = loaded.tokens(value.text)
         if value.ids is None:
             return _same(f"tokens of {value.text!r}", value.count, len(ids), source)
         return _same(f"token ids of {value.text!r}", list(value.ids), ids, source)
     if isinstance(value, Components):
-        vector = embedder.dense([value.text], prompt=value.prompt, dimensions=value.dimensions)[0]
+        vector = loaded.dense([value.text], prompt=value.prompt, dimensions=value.dimensions)[0]
         of = f"{value.text!r}" + (" with the query prompt" if value.prompt else "")
         cut = f", cut to {value.dimensions}" if value.dimensions else ""
         return _near(
@@ -198,13 +205,13 @@ def _against(value: Golden, embedder: Embedder) -> Check:
             source,
         )
     if isinstance(value, TokenWeights):
-        return _token_weights(value, embedder)
+        return _token_weights(value, loaded)
     expected = np.array(value.scores)
     return _near(
         f"{_kind(value)} of {_count(value.queries, 'query', 'queries')} and "
         f"{_count(value.documents, 'document', 'documents')}, the first {value.queries[0]!r}",
         expected,
-        _scores(value, embedder),
+        _scores(value, loaded),
         value.tolerance + value.relative * np.abs(expected) + SCORE_SLACK[dtype],
         source,
     )
@@ -220,30 +227,30 @@ def _count(items: Sequence[str], one: str, many: str) -> str:
     return f"{len(items)} {one if len(items) == 1 else many}"
 
 
-def _scores(value: Scores, embedder: Embedder) -> npt.NDArray[np.float64]:
+def _scores(value: Scores, loaded: LoadedModel) -> npt.NDArray[np.float64]:
     total = np.zeros((len(value.queries), len(value.documents)))
     dense, sparse, colbert = value.weights
     if dense:
-        queries = embedder.dense(value.queries, prompt=value.prompt).astype(np.float64)
-        total += dense * (queries @ embedder.dense(value.documents).astype(np.float64).T)
+        queries = loaded.dense(value.queries, prompt=value.prompt).astype(np.float64)
+        total += dense * (queries @ loaded.dense(value.documents).astype(np.float64).T)
     if sparse:
-        queries_weights, documents_weights = embedder.sparse(value.queries), embedder.sparse(value.documents)
+        queries_weights, documents_weights = loaded.sparse(value.queries), loaded.sparse(value.documents)
         total += sparse * np.array(
             [[sum(w * d.get(t, 0.0) for t, w in q.items()) for d in documents_weights] for q in queries_weights]
         )
     if colbert:
-        queries_vectors, documents_vectors = embedder.colbert(value.queries), embedder.colbert(value.documents)
+        queries_vectors, documents_vectors = loaded.colbert(value.queries), loaded.colbert(value.documents)
         total += colbert * np.array(
             [[(q @ d.T).max(axis=1).mean() for d in documents_vectors] for q in queries_vectors]
         )
     return total / sum(value.weights)
 
 
-def _token_weights(value: TokenWeights, embedder: Embedder) -> Check:
-    path = embedder.model.config.weights_folder / "tokenizer.json"
+def _token_weights(value: TokenWeights, loaded: LoadedModel) -> Check:
+    path = loaded.model.config.weights_folder / "tokenizer.json"
     decode = tokenizers.Tokenizer.from_file(str(path)).decode
-    got = {decode([token]).strip(): weight for token, weight in embedder.sparse([value.text])[0].items()}
-    tolerance = value.tolerance + COMPONENT_SLACK[embedder.info.dtype]
+    got = {decode([token]).strip(): weight for token, weight in loaded.sparse([value.text])[0].items()}
+    tolerance = value.tolerance + COMPONENT_SLACK[loaded.info.dtype]
     difference = max(abs(value.values.get(token, 0.0) - got.get(token, 0.0)) for token in {*value.values, *got})
     return Check(
         f"sparse weights of {value.text!r}",
@@ -259,32 +266,41 @@ def _token_weights(value: TokenWeights, embedder: Embedder) -> Check:
 # --------------------------------------------------------------------------------------- what must hold of every model
 
 
-def consistency(embedder: Embedder) -> Iterator[Check]:
+def consistency(loaded: LoadedModel) -> Iterator[Check]:
     """What needs no other implementation to compare with."""
-    together = embedder.dense(TEXTS)
+    together = loaded.dense(TEXTS)
     yield _same("texts with a vector of finite numbers", len(TEXTS), int(np.isfinite(together).all(axis=1).sum()), "")
     yield _alike(
-        "each text alone, and in a batch", embedder, together, np.concatenate([embedder.dense([t]) for t in TEXTS])
+        "each text alone, and in a batch", loaded, together, np.concatenate([loaded.dense([t]) for t in TEXTS])
     )
-    backwards = embedder.dense(TEXTS[::-1])[::-1]
-    yield _alike("a batch in another order", embedder, together, backwards)
-    yield _same("the same batch twice: bytes that differ", 0, _differing_bytes(together, embedder.dense(TEXTS)), "")
-    yield _norms("full vectors", together)
-    yield from _cut(embedder, together)
-    yield from _truncation(embedder)
-    yield from _answer(embedder)
+    backwards = loaded.dense(TEXTS[::-1])[::-1]
+    yield _alike("a batch in another order", loaded, together, backwards)
+    yield _same("the same batch twice: bytes that differ", 0, _differing_bytes(together, loaded.dense(TEXTS)), "")
+    if loaded.model.config.normalize:
+        yield _norms("full vectors", together)
+    yield from _cut(loaded, together)
+    yield from _truncation(loaded)
+    yield from _answer(loaded)
+    yield from _images(loaded)
 
 
-def _alike(what: str, embedder: Embedder, expected: Floats, got: Floats) -> Check:
-    if embedder.info.dtype == "float32":
-        difference, tolerance = float(np.abs(expected - got).max()), FLOAT32_DIFFERENCE
+def _alike(what: str, loaded: LoadedModel, expected: Floats, got: Floats) -> Check:
+    if loaded.info.dtype == "float32":
+        difference, tolerance = float(np.abs(_unit(expected) - _unit(got)).max()), FLOAT32_DIFFERENCE
         return Check(f"{what}: largest difference", 0.0, difference, difference <= tolerance, "", difference, tolerance)
     return _distance(what, expected, got, HALF_DISTANCE)
 
 
 def _distance(what: str, expected: Floats, got: Floats, tolerance: float) -> Check:
-    difference = float((1 - (expected.astype(np.float64) * got).sum(axis=1)).max())
+    difference = float((1 - (_unit(expected) * _unit(got)).sum(axis=1)).max())
     return Check(f"{what}: smallest cosine", 1.0, 1 - difference, difference <= tolerance, "", difference, tolerance)
+
+
+def _unit(vectors: Floats) -> npt.NDArray[np.float64]:
+    # Models outside the catalogue need not normalise.
+    wide = vectors.astype(np.float64)
+    wide /= np.linalg.norm(wide, axis=1, keepdims=True)
+    return wide
 
 
 def _differing_bytes(one: Floats, other: Floats) -> int:
@@ -299,41 +315,57 @@ def _norms(what: str, vectors: Floats) -> Check:
     )
 
 
-def _cut(embedder: Embedder, full: Floats) -> Iterator[Check]:
-    sizes = embedder.model.config.matryoshka
+def _cut(loaded: LoadedModel, full: Floats) -> Iterator[Check]:
+    sizes = loaded.model.config.matryoshka
     if sizes is None:
         return
     for size in sizes.listed or (sizes.minimum, sizes.maximum // 2):
-        cut = embedder.dense(TEXTS, dimensions=size)
+        cut = loaded.dense(TEXTS, dimensions=size)
         yield _norms(f"vectors cut to {size}", cut)
-        expected = full[:, :size] / np.linalg.norm(full[:, :size], axis=1, keepdims=True)
-        yield _alike(f"vectors cut to {size}, and full ones cut and normalised", embedder, expected, cut)
+        yield _alike(f"vectors cut to {size}, and full ones cut", loaded, full[:, :size], cut)
 
 
-def _truncation(embedder: Embedder) -> Iterator[Check]:
+def _truncation(loaded: LoadedModel) -> Iterator[Check]:
     """A text that is too long keeps the special tokens around it, and fills the model's length."""
-    limit = embedder.model.config.max_tokens
-    short, long = embedder.tokens("water"), "water " * (limit + 8)
+    limit = loaded.model.config.max_tokens
+    short, long = loaded.tokens("water"), "water " * (limit + 8)
     for truncate in (Truncate.END, Truncate.START):
-        ids = embedder.tokens(long, truncate)
+        ids = loaded.tokens(long, truncate)
         what = f"{limit + 8} words cut to {limit} tokens by {truncate}: number, last id"
         yield _same(what, [limit, short[-1]], [len(ids), ids[-1]], "")
 
 
-def _answer(embedder: Embedder) -> Iterator[Check]:
-    entry = embedder.model.entry
+def _answer(loaded: LoadedModel) -> Iterator[Check]:
+    entry = loaded.model.entry
     if entry is None or not {"en", "multilingual"} & set(entry.languages):
         return
-    query = embedder.dense([golden.RED_PLANET], prompt=embedder.model.prompts.get("query", ""))[0]
-    nearest = int((embedder.dense(golden.PLANETS) @ query).argmax())
+    query = loaded.dense([golden.RED_PLANET], prompt=loaded.model.prompts.get("query", ""))[0]
+    nearest = int((loaded.dense(golden.PLANETS) @ query).argmax())
     what = f"which of {len(golden.PLANETS)} sentences is nearest to {golden.RED_PLANET!r}"
     yield _same(what, golden.PLANETS[golden.ANSWER], golden.PLANETS[nearest], "")
+
+
+def _images(loaded: LoadedModel) -> Iterator[Check]:
+    images = loaded.model.config.images
+    if images is None:
+        return
+    across = np.linspace(0, 255, images.size, dtype=np.uint8)[None, :, None]
+    slope = np.broadcast_to(across, (images.size, images.size, 3))
+    pixels = np.stack([slope, slope.transpose(1, 0, 2), 255 - slope])
+    together = loaded.images(pixels)
+    alone = np.concatenate([loaded.images(pixels[i : i + 1]) for i in range(len(pixels))])
+    yield _same("images with a vector of finite numbers", len(pixels), int(np.isfinite(together).all(axis=1).sum()), "")
+    yield _alike("each image alone, and in a batch", loaded, together, alone)
+    yield _norms("vectors of images", together)
+    # The same shades, turned by a quarter: only positions tell them apart.
+    turned = float((_unit(together[:1]) * _unit(together[1:2])).sum())
+    yield Check("an image and the same turned: cosine", "below 0.9999", turned, turned < 0.9999, "")
 
 
 def _float32(shown: str, vectors: Floats, model: LocalModel, load: Callable[[str], Runner]) -> Check:
     what = f"{shown} and float32"
     try:
-        return _distance(what, Embedder(model, load("float32")).dense(TEXTS), vectors, DTYPE_DISTANCE)
+        return _distance(what, LoadedModel(model, load("float32")).dense(TEXTS), vectors, DTYPE_DISTANCE)
     except torch.OutOfMemoryError:
         return Check(f"{what}: smallest cosine", 1.0, "not compared: float32 does not fit into the memory", None, "")
 

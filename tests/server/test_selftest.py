@@ -22,7 +22,7 @@ from embedserve.models.golden import Scores, TokenWeights
 from embedserve.server import config
 from embedserve.server.cli import main as command
 from embedserve.server.runner import Runner
-from embedserve.server.selftest import Check, Embedder, checks, consistency, published
+from embedserve.server.selftest import Check, LoadedModel, checks, consistency, published
 from embedserve.server.served import LocalModel, find_models
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -44,9 +44,9 @@ def load(model: LocalModel) -> Runner:
 
 
 @pytest.fixture(scope="module")
-def minilm() -> Embedder:
+def minilm() -> LoadedModel:
     model = model_of(MINILM)
-    return Embedder(model, load(model))
+    return LoadedModel(model, load(model))
 
 
 def failed(results: Sequence[Check]) -> list[str]:
@@ -141,10 +141,10 @@ def test_a_model_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str
 # ----------------------------------------------------------------------------------------- consistency, with a mistake
 
 
-class Faulty(Embedder):
+class Faulty(LoadedModel):
     """MiniLM, whose vectors go through `fault`."""
 
-    def __init__(self, right: Embedder, fault: Callable[[Any], Any]) -> None:
+    def __init__(self, right: LoadedModel, fault: Callable[[Any], Any]) -> None:
         self.model, self.info, self._right, self._fault = right.model, right.info, right, fault
 
     def tokens(self, *arguments: Any) -> list[int]:
@@ -186,13 +186,13 @@ def depend_on_the_moment(vectors: Any) -> Any:
     ],
 )
 def test_an_inconsistent_model_fails_the_check_for_it(
-    minilm: Embedder, fault: Callable[[Any], Any], check: str
+    minilm: LoadedModel, fault: Callable[[Any], Any], check: str
 ) -> None:
     assert not failed(list(consistency(minilm)))
     assert check in failed(list(consistency(Faulty(minilm, fault))))
 
 
-def test_a_cut_without_a_second_normalisation_fails(minilm: Embedder) -> None:
+def test_a_cut_without_a_second_normalisation_fails(minilm: LoadedModel) -> None:
     trained = replace(minilm.model.config, matryoshka=catalog.DimensionRange(32, 384))
     right = Faulty(minilm, lambda vectors: vectors)
     right.model = replace(minilm.model, config=trained)
@@ -208,7 +208,7 @@ def test_a_cut_without_a_second_normalisation_fails(minilm: Embedder) -> None:
 
 
 @pytest.mark.parametrize(("noise", "passes"), [(2e-4, True), (1e-2, False)])
-def test_half_precision_is_compared_with_float32(minilm: Embedder, noise: float, passes: bool) -> None:
+def test_half_precision_is_compared_with_float32(minilm: LoadedModel, noise: float, passes: bool) -> None:
     class Half:
         """What a runner in half precision gives: MiniLM's vectors with some noise."""
 
@@ -235,10 +235,10 @@ def test_half_precision_is_compared_with_float32(minilm: Embedder, noise: float,
 # ---------------------------------------------------------------------------------------------------------- bge-m3
 
 
-class Published(Embedder):
+class Published(LoadedModel):
     """A bge-m3 that has the sparse weights of the README, vectors that are easy to multiply, and no weights."""
 
-    def __init__(self, minilm: Embedder, weights: dict[str, dict[int, float]]) -> None:
+    def __init__(self, minilm: LoadedModel, weights: dict[str, dict[int, float]]) -> None:
         self.model, self.info, self._weights = minilm.model, minilm.info, weights
 
     def dense(self, texts: Sequence[str], **fields: Any) -> Any:
@@ -251,7 +251,7 @@ class Published(Embedder):
         return [np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[0.6, 0.8]])][: len(texts)]
 
 
-def test_scores_of_three_outputs_by_hand(minilm: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_of_three_outputs_by_hand(minilm: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     # Dense: 0.36 + 0.64 = 1. Sparse: 2·3 shared of token 7, nothing of 8 and 9. Multi-vector: of the query's two tokens
     # the first has its best cosine, 1, with itself, as has the second. (0.4·1 + 0.2·6 + 0.4·1) / 1 = 2.
     model = Published(minilm, {"q": {7: 2.0, 8: 5.0}, "d": {7: 3.0, 9: 1.0}})
@@ -263,7 +263,7 @@ def test_scores_of_three_outputs_by_hand(minilm: Embedder, monkeypatch: pytest.M
     assert right.what == "dense and sparse and multi-vector scores of 1 query and 1 document, the first 'q'"
 
 
-def test_sparse_weights_go_by_the_decoded_token(minilm: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sparse_weights_go_by_the_decoded_token(minilm: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     water, runs = (minilm.tokens(word)[1] for word in ("water", "runs"))
     values = tuple(
         TokenWeights("README", "text", weights)
