@@ -23,6 +23,7 @@ The way of a request:
       threads.py    the CPU's threads
     client.py, encode.py        vectors → response
 
-Around them: cli.py and config.py (tables.py, parsers.py) read the settings, supervisor.py starts and watches the processes, process.py is what
-those have in common, errors.py is the tree of errors, openapi.py describes the API, log.py writes the lines.
+Around them: cli.py and config.py (tables.py, parsers.py) read the settings, supervisor.py starts and watches the
+processes, process.py is what those have in common, errors.py is the tree of errors, openapi.py describes the API,
+log.py writes the lines.
 """
