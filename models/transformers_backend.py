@@ -28,8 +28,9 @@ from embedserve.models.weights import Weights
 # Trained along with an encoder, and no part of its token states: poolers, and the heads of language models.
 _UNUSED = re.compile(
     r"(.+\.)?(pooler\..+|position_ids)"
-    r"|(cls|lm_head|vocab_transform|vocab_layer_norm|vocab_projector|(lm|mask|discriminator|generator)_predictions"
-    r"|generator_lm_head|predictions|head|decoder)\.[^.]+(\.[^.]+){0,2}"
+    r"|(cls|head|lm_head|generator_lm_head|predictions|vocab_transform|vocab_layer_norm|vocab_projector"
+    r"|(discriminator|generator|lm|mask)_predictions)\..+"
+    r"|decoder\.(weight|bias)"
 )
 # A checkpoint need not bring what is not used.
 _DISPENSABLE = re.compile(r"(.+\.)?pooler\..+")
