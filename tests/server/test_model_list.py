@@ -18,7 +18,7 @@ def models(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def cells(table: str, name: str) -> list[str]:
-    (line,) = [line for line in table.splitlines() if line.startswith(name)]
+    (line,) = [line for line in table.splitlines() if line.startswith(f"{name} ")]
     return [cell.strip() for cell in line.split("  ") if cell.strip()]
 
 
