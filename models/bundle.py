@@ -286,11 +286,11 @@ def unpack(path: Path, target: Path) -> list[Manifest]:
     Every file is checked on the way, and no model appears before all are whole. Only plain files that the manifest
     lists, of the size it says, are ever written. Raises BundleError.
     """
-    target.mkdir(parents=True, exist_ok=True)
     with _Bundle(path) as bundle:
         for manifest in bundle.manifests:
             if (target / manifest.model).exists():
                 raise BundleError(f"{target / manifest.model} is already there; remove it, or unpack elsewhere")
+        target.mkdir(parents=True, exist_ok=True)
         _require_space(target, bundle.size, "the models")
         with tempfile.TemporaryDirectory(prefix=".embedserve-unpack-", dir=target) as scratch:
             with Progress("unpacking", bundle.size) as progress:
@@ -337,7 +337,11 @@ class _Bundle:
         if info.size > _MAX_MANIFEST_BYTES:
             raise BundleError(f"{self.path}: {BUNDLE_MANIFEST} claims {size(info.size)}; get the bundle again")
         where = f"{self.path}: {BUNDLE_MANIFEST}"
-        content: Any = parse_manifest(self._open(info).read(), where)
+        try:
+            raw = self._open(info).read()
+        except tarfile.TarError as error:
+            raise BundleError(f"{where}: not a manifest ({error}); get the bundle again") from error
+        content: Any = parse_manifest(raw, where)
         models = content.get("models") if isinstance(content, dict) else None
         if not isinstance(models, list) or not models:
             raise BundleError(f"{where}: field 'models': expected a list with a model at least; get the bundle again")
@@ -363,11 +367,13 @@ class _Bundle:
                 if not _is_plain_file(info):
                     yield "", f"hostile     {_printable(info.name)}: a link or device; expected a plain file"
                     continue
-                model, name, expected = left.pop(info.name)
+                model, name, expected = left[info.name]
                 if info.size != expected.size:
+                    del left[info.name]
                     yield model, f"changed     {name}: {info.size} bytes, expected {expected.size}"
                     continue
                 found = self._copy(info, target, advance)
+                del left[info.name]
                 if found.sha256 != expected.sha256:
                     yield model, f"changed     {name}: SHA-256 {found.sha256}, expected {expected.sha256}"
             if (rest := self.path.stat().st_size - self._tar.offset) > tarfile.RECORDSIZE:

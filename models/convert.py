@@ -125,8 +125,8 @@ def read_pickle(path: Path) -> Mapping[str, Tensor]:
             )
         if value.layout is not torch.strided or value.is_quantized:
             raise CheckpointError(
-                f"{path}: tensor {name!r} is {'quantised' if value.is_quantized else 'sparse'}, which safetensors cannot "
-                "hold; take the original checkpoint"
+                f"{path}: tensor {name!r} is {'quantised' if value.is_quantized else 'sparse'}, which safetensors "
+                "cannot hold; take the original checkpoint"
             )
     return content
 
