@@ -16,26 +16,20 @@ from torch import Tensor
 
 from embedserve.kernels.dispatch import Kernels
 from embedserve.kernels.linear import Linear
-from embedserve.kernels.norm import add_layer_norm, layer_norm
 from embedserve.models.architecture import BertArchitecture
 from embedserve.models.batch import PackedBatch
-from embedserve.models.weights import Parameters, Weights
-
-
-@dataclass(frozen=True)
-class _Norm:
-    weight: Tensor
-    bias: Tensor
+from embedserve.models.parts import Norm, Parts
+from embedserve.models.weights import Weights
 
 
 @dataclass(frozen=True)
 class _Layer:
     qkv: Linear
     attention_out: Linear
-    attention_norm: _Norm
+    attention_norm: Norm
     up: Linear
     down: Linear
-    norm: _Norm
+    norm: Norm
 
 
 class Encoder:
@@ -46,35 +40,32 @@ class Encoder:
 
     def __init__(
         self,
-        architecture: BertArchitecture,
+        sizes: BertArchitecture,
         weights: Weights,
         device: torch.device,
         dtype: torch.dtype,
         kernels: Kernels,
     ) -> None:
         """Take the encoder's tensors from `weights`. Raises CheckpointError."""
-        self._heads = architecture.num_heads
-        self._eps = architecture.layer_norm_eps
+        parts = Parts(weights, device, dtype, kernels, sizes.layer_norm_eps)
+        self._heads = sizes.num_heads
         self._attend = kernels.attend
-        width = architecture.hidden_size
-        loader = _Loader(architecture, Parameters(weights, device, dtype), kernels)
-        self._words = loader.parameters.tensor("embeddings.word_embeddings.weight", architecture.vocab_size, width)
-        self._positions = _positions(architecture, weights).to(device, dtype)
-        self._norm = loader.norm("embeddings.LayerNorm")
-        self._layers = [loader.layer(index) for index in range(architecture.num_layers)]
+        self._words = parts.parameters.tensor("embeddings.word_embeddings.weight", sizes.vocab_size, sizes.hidden_size)
+        self._positions = _positions(sizes, weights).to(device, dtype)
+        self._norm = parts.norm("embeddings.LayerNorm", sizes.hidden_size)
+        self._layers = [_layer(sizes, parts, f"encoder.layer.{index}") for index in range(sizes.num_layers)]
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         """Return the last layer's states, [tokens, hidden], in the dtype of the weights."""
         hidden = F.embedding(batch.ids, self._words).add_(F.embedding(batch.layout.positions, self._positions))
-        hidden = layer_norm(hidden, self._norm.weight, self._norm.bias, self._eps)
+        hidden = self._norm(hidden)
         tokens, width = hidden.shape
         heads, head_dim = self._heads, width // self._heads
         for layer in self._layers:
             q, k, v = layer.qkv(hidden).view(tokens, 3, heads, head_dim).unbind(1)
             attended = layer.attention_out(self._attend(q, k, v, batch.layout))
-            hidden = add_layer_norm(attended, hidden, layer.attention_norm.weight, layer.attention_norm.bias, self._eps)
-            fed = layer.down(layer.up(hidden))
-            hidden = add_layer_norm(fed, hidden, layer.norm.weight, layer.norm.bias, self._eps)
+            hidden = layer.attention_norm.of_sum(attended, hidden)
+            hidden = layer.norm.of_sum(layer.down(layer.up(hidden)), hidden)
         return hidden
 
 
@@ -89,33 +80,13 @@ def _positions(sizes: BertArchitecture, weights: Weights) -> Tensor:
     return rows[sizes.position_offset :].float() + types[0].float()
 
 
-class _Loader:
-    """Makes layers of tensors."""
-
-    def __init__(self, architecture: BertArchitecture, parameters: Parameters, kernels: Kernels) -> None:
-        self.parameters = parameters
-        self._architecture, self._kernels = architecture, kernels
-
-    def norm(self, name: str) -> _Norm:
-        width = self._architecture.hidden_size
-        return _Norm(self.parameters.tensor(f"{name}.weight", width), self.parameters.tensor(f"{name}.bias", width))
-
-    def linear(self, names: list[str], out: int, inner: int, activation: str | None = None) -> Linear:
-        """The linears of `names`, each [out, inner], stacked into one."""
-        rows = [out] * len(names)
-        weight = self.parameters.stacked([f"{name}.weight" for name in names], rows, inner)
-        bias = self.parameters.stacked([f"{name}.bias" for name in names], rows)
-        return self._kernels.linear(weight, bias, activation)
-
-    def layer(self, index: int) -> _Layer:
-        width, inner = self._architecture.hidden_size, self._architecture.intermediate_size
-        name = f"encoder.layer.{index}"
-        own = f"{name}.attention.self"
-        return _Layer(
-            qkv=self.linear([f"{own}.query", f"{own}.key", f"{own}.value"], width, width),
-            attention_out=self.linear([f"{name}.attention.output.dense"], width, width),
-            attention_norm=self.norm(f"{name}.attention.output.LayerNorm"),
-            up=self.linear([f"{name}.intermediate.dense"], inner, width, self._architecture.activation),
-            down=self.linear([f"{name}.output.dense"], width, inner),
-            norm=self.norm(f"{name}.output.LayerNorm"),
-        )
+def _layer(sizes: BertArchitecture, parts: Parts, name: str) -> _Layer:
+    width, inner = sizes.hidden_size, sizes.intermediate_size
+    return _Layer(
+        qkv=parts.linear([f"{name}.attention.self.{part}" for part in ("query", "key", "value")], 3 * width, width),
+        attention_out=parts.linear([f"{name}.attention.output.dense"], width, width),
+        attention_norm=parts.norm(f"{name}.attention.output.LayerNorm", width),
+        up=parts.linear([f"{name}.intermediate.dense"], inner, width, sizes.activation),
+        down=parts.linear([f"{name}.output.dense"], width, inner),
+        norm=parts.norm(f"{name}.output.LayerNorm", width),
+    )

@@ -47,9 +47,9 @@ class Parts:
         weight, bias = (self.parameters.tensor(f"{name}.{part}", width) for part in ("weight", "bias"))
         return Norm(weight, bias, self._eps)
 
-    def linear(self, names: Sequence[str], out: int, inner: int) -> Linear:
+    def linear(self, names: Sequence[str], out: int, inner: int, activation: str | None = None) -> Linear:
         """The linears of `names`, of equal height, stacked to one of [out, inner] with a bias."""
         rows = [out // len(names)] * len(names)
         weight = self.parameters.stacked([f"{name}.weight" for name in names], rows, inner)
         bias = self.parameters.stacked([f"{name}.bias" for name in names], rows)
-        return self.kernels.linear(weight, bias, None)
+        return self.kernels.linear(weight, bias, activation)
