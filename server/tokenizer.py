@@ -127,6 +127,8 @@ class Tokenizer:
         *,
         leading: list[int],
         trailing: list[int],
+        append: list[int],
+        foreign: Mapping[int, str],
         max_tokens: int,
     ) -> None:
         """Use `load`."""
@@ -135,6 +137,8 @@ class Tokenizer:
         self._prefix = prefix
         self._leading = leading
         self._trailing = trailing
+        self._append = append
+        self._foreign = foreign
         self._long = max(LONG_CHARACTERS, LONG_CHARACTERS_PER_TOKEN * max_tokens)
 
     @classmethod
@@ -145,12 +149,17 @@ class Tokenizer:
         max_tokens: int,
         lower_case: bool = False,
         bert_normalizer: Mapping[str, bool | None] = MappingProxyType({}),
+        append: Sequence[int] = (),
+        vocab_size: int | None = None,
     ) -> "Tokenizer":
         """Read a tokenizer.json; truncation and padding stored in it are ignored.
 
         `max_tokens` bounds a text with its special tokens. `lower_case` lowers a text before the tokenizer's own
         normalizer, as sentence-transformers does where its settings say `do_lower_case`. `bert_normalizer` holds flags
-        that replace those of a BertNormalizer, see `ModelConfig.bert_normalizer`.
+        that replace those of a BertNormalizer, see `ModelConfig.bert_normalizer`. `append` are ids that must end every
+        text: they are added, before the end is counted as special, unless the file's own post-processor does so. What
+        a text itself ends with makes no difference to either. `vocab_size` is the number of tokens that the model has
+        embeddings for, if that is to be checked.
 
         Raises TokenizerFileError where the file is missing, malformed or of no use.
         """
@@ -174,6 +183,13 @@ class Tokenizer:
         rust.no_truncation()
         rust.no_padding()
         leading, trailing = _special_ids(path, rust)
+        if list(append) == trailing[len(trailing) - len(append) :]:
+            append = ()
+        for id_ in append:
+            if rust.id_to_token(id_) is None:
+                raise TokenizerFileError(path, f"has no token {id_}, which must end every text of this model")
+        trailing += append
+        foreign = {} if vocab_size is None else _foreign_tokens(path, definition, [*leading, *trailing], vocab_size)
         if len(leading) + len(trailing) > max_tokens:
             raise TokenizerFileError(
                 path, f"adds {len(leading) + len(trailing)} special tokens to a text, max_tokens is {max_tokens}"
@@ -183,6 +199,8 @@ class Tokenizer:
             PrefixTokenizer.of(definition, rust),
             leading=leading,
             trailing=trailing,
+            append=list(append),
+            foreign=foreign,
             max_tokens=max_tokens,
         )
 
@@ -205,7 +223,7 @@ class Tokenizer:
     def _ids(self, texts: list[str]) -> list[list[int]]:
         """All ids of each text, special ones included."""
         # Never encode(): it holds the GIL (308 ms for a million characters), the batch calls release it.
-        return [encoding.ids for encoding in self._rust.encode_batch_fast(texts)]
+        return [encoding.ids + self._append for encoding in self._rust.encode_batch_fast(texts)]
 
     def _ids_of_long(self, text: str, truncate: Truncate) -> list[int]:
         """Ids of one text, special ones included: all, or at least one more than allowed, which are its first."""
@@ -222,6 +240,14 @@ class Tokenizer:
                 f"at or because its start is to be dropped; that is done up to {MAX_WHOLE_CHARACTERS} characters"
             )
         return self._ids([text])[0]
+
+    def _check(self, index: int, ids: list[int]) -> None:
+        """Refuse a text with a token that the model has no embedding for."""
+        for id_ in ids:
+            if id_ in self._foreign:
+                raise InvalidTextError(
+                    index, f"it holds {self._foreign[id_]!r}, token {id_}, which this model has no embedding for"
+                )
 
     def _cut(self, ids: list[int], truncate: Truncate) -> list[int]:
         """Ids of a text that has too many of them, brought down to `max_tokens`."""
@@ -333,6 +359,8 @@ class _Job:
                     raise TextTooLongError(index, len(ids), limit)
                 ids = self._tokenizer._cut(ids, self._truncate)
                 self._truncated += 1
+            if self._tokenizer._foreign:
+                self._tokenizer._check(index, ids)
             flat += ids
             self._lengths.append(len(ids))
         self._ids.append(np.array(flat, dtype=np.int32))
@@ -362,3 +390,19 @@ def _special_ids(path: Path, rust: tokenizers.Tokenizer) -> tuple[list[int], lis
             raise TokenizerFileError(path, "its post-processor does more than put tokens before and after a text")
         return full.ids[:leading], full.ids[end:]
     raise TokenizerFileError(path, "finds no token in any text")
+
+
+def _foreign_tokens(path: Path, definition: dict[str, Any], always: list[int], vocab_size: int) -> dict[int, str]:
+    """The added tokens from `vocab_size` on, which a text may or may not hold; any other token there is an error."""
+    vocabulary = definition["model"]["vocab"]
+    ids = range(len(vocabulary)) if isinstance(vocabulary, list) else vocabulary.values()
+    added = {token["id"]: token["content"] for token in definition.get("added_tokens") or []}
+    largest = max([*always, *(id_ for id_ in ids if id_ not in added)], default=0)
+    if largest >= vocab_size:
+        raise TokenizerFileError(
+            path,
+            f"has token {largest}, but config.json gives the model embeddings for {vocab_size} tokens; "
+            "the two files do not belong together",
+        )
+    # Qwen3-Embedding-4B has 151,665 embeddings, and the tokens of its family go on to "</think>", 151,668.
+    return {id_: content for id_, content in added.items() if id_ >= vocab_size}

@@ -182,9 +182,7 @@ def test_the_sum_is_counted_after_truncation(minilm: Tokenizer) -> None:
 
 
 def test_a_lone_surrogate_is_refused_by_its_index(minilm: Tokenizer) -> None:
-    with pytest.raises(
-        InvalidTextError, match=r"'input\[1\]': it cannot be tokenised: it holds a lone surrogate"
-    ) as caught:
+    with pytest.raises(InvalidTextError, match="text 1 cannot be tokenised: it holds a lone surrogate") as caught:
         minilm.encode(["hello", "\ud800", "hello"], Truncate.NONE, NO_LIMIT)
     assert caught.value.index == 1
 
