@@ -27,6 +27,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from embedserve.kernels import pooling
+from embedserve.models import registry
 from embedserve.models.config import ModelConfig, read_config
 from embedserve.models.errors import CheckpointError
 from embedserve.models.transformers_backend import TransformersBackend
@@ -197,6 +198,15 @@ def test_neighbours_and_order_change_nothing(checkpoint: Callable[..., Path], ki
     assert largest_difference(states_of(backend.hidden_states, texts[::-1])[::-1], together) < 1e-6
     alone = [states_of(backend.hidden_states, [text])[0] for text in texts]
     assert largest_difference(alone, together) < 1e-5
+
+
+@torch.inference_mode()
+def test_a_real_model_has_the_vectors_of_its_packed_family(minilm: Path) -> None:
+    backend, config = load(minilm)
+    native = registry.backend("native")(config, CPU, torch.float32)
+    texts = random_texts([3, 9, 40, 9, 200], first=1000, vocab=config.vocab_size)
+    found, expected = (states_of(one.hidden_states, texts) for one in (backend, native))
+    assert largest_difference(found, expected) < 1e-5
 
 
 def test_transformers_is_imported_by_this_backend_alone_and_without_network(checkpoint: Callable[..., Path]) -> None:
