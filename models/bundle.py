@@ -18,6 +18,7 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -48,6 +49,17 @@ _MAX_MANIFEST_BYTES = 16 << 20
 _REPOSITORY = re.compile(r"models--(.+?)--(.+)")
 
 
+@contextmanager
+def _files_explained() -> Iterator[None]:
+    """An OSError as a BundleError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise BundleError(
+            f"{error.filename or 'a file'}: {error.strerror or error}; check its permissions and the room on the disk"
+        ) from error
+
+
 # --- pack -------------------------------------------------------------------------------------------------------------
 
 
@@ -60,6 +72,7 @@ class _Source:
     known: Manifest
 
 
+@_files_explained()
 def pack(folder: Path, output: Path, *, model: str | None = None, force: bool = False) -> list[Manifest]:
     """Write a model's folder, or all models of a models directory, to the tar `output`. Returns their manifests.
 
@@ -212,10 +225,7 @@ def _write_tar(
             for name, expected in sorted(manifest.files.items()):
                 with source.paths[name].open("rb") as file:
                     summed = _Summing(file, advance)
-                    try:
-                        tar.addfile(_member(f"{manifest.model}/{name}", expected.size), cast(BinaryIO, summed))
-                    except OSError as error:
-                        raise BundleError(f"{source.folder / name}: cannot be packed ({error})") from error
+                    tar.addfile(_member(f"{manifest.model}/{name}", expected.size), cast(BinaryIO, summed))
                 if summed.hexdigest() != expected.sha256:
                     raise BundleError(f"{source.folder / name} changed while it was packed; pack it again")
 
@@ -250,6 +260,7 @@ def _add_bytes(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 # --- verify and unpack ------------------------------------------------------------------------------------------------
 
 
+@_files_explained()
 def verify(path: Path) -> dict[str, list[str]]:
     """Recompute all sums of a model folder, a models directory or a bundle.
 
@@ -280,6 +291,7 @@ def _manifest_folders(path: Path) -> list[Path]:
     return [file.parent for pattern in patterns for file in sorted(path.glob(pattern))]
 
 
+@_files_explained()
 def unpack(path: Path, target: Path) -> list[Manifest]:
     """Put the models of a bundle below `target`, each at its id. Returns their manifests.
 

@@ -144,9 +144,9 @@ def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
             else tensor.detach().contiguous()
         )
         seen.add(storage)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file(stored, part, metadata={"format": "pt"})
         _compare(stored, part)
         part.replace(path)

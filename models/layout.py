@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
+from embedserve.models.config import HEADS
 from embedserve.models.errors import CheckpointError
 from embedserve.models.json_file import load_json
 
@@ -26,8 +27,6 @@ WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = f"{PICKLE}.index.json"
 
-# bge-m3's two further outputs: one linear layer each, beside the checkpoint.
-HEADS = ("colbert_linear", "sparse_linear")
 # By folder, the first that has any counts. jina-clip has a graph for each tower.
 _GRAPHS = {
     folder: [
@@ -64,8 +63,8 @@ def needed(names: Collection[str], fetch: Callable[[str], Path], *, onnx: bool) 
             "no tokenizer.json, the only form of a tokenizer that the server reads; "
             "`AutoTokenizer.from_pretrained(folder).save_pretrained(folder)` makes one of most others"
         )
-    for head in HEADS:
-        weights.update([name for name in (f"{head}.safetensors", f"{head}.pt") if name in names][:1])
+    for forms in HEADS.values():
+        weights.update([name for name in forms if name in names][:1])
     if onnx:
         weights.update(_graphs(names, fetch))
     return sorted(chosen | weights | {name for name in names if _LICENCE.fullmatch(name)})
@@ -106,7 +105,7 @@ def pickles(names: Iterable[str]) -> list[str]:
         if file == PICKLE or (file == PICKLE_INDEX and prefix + PICKLE not in names):
             if not {prefix + WEIGHTS, prefix + WEIGHTS_INDEX} & names:
                 found.append(name)
-        elif name in {f"{head}.pt" for head in HEADS} and name.replace(".pt", ".safetensors") not in names:
+        elif any(name == pickle and converted not in names for converted, pickle in HEADS.values()):
             found.append(name)
     return found
 

@@ -38,7 +38,7 @@ class Progress:
         self.done += count
         if self._shown and (now := time.monotonic()) >= self._next:
             self._next = now + _SECONDS_BETWEEN
-            percent = 100 * self.done // self.total if self.total else 100
+            percent = min(100, 100 * self.done // max(1, self.total))
             self._stream.write(f"\r\x1b[K{self.heading}  {percent:3} %  {size(self.done)} of {size(self.total)}")
             self._stream.flush()
 

@@ -22,13 +22,15 @@ class Repository:
     """Files by name, and what goes wrong with them.
 
     revisions: branch, tag or commit → commit. gated: files only with a token. arriving: other bytes than stated.
-    cut: after how many bytes the connection drops, once. stall: after how many it stops for good.
+    ranges: whether it heeds the Range header. cut: after how many bytes the connection drops, once. stall: after how
+    many it stops for good.
     """
 
     files: Mapping[str, bytes]
     revisions: Mapping[str, str] = field(default_factory=lambda: {"main": COMMIT, COMMIT: COMMIT})
     licence: str | None = "mit"
     gated: bool = False
+    ranges: bool = True
     arriving: dict[str, bytes] = field(default_factory=dict)
     cut: dict[str, int] = field(default_factory=dict)
     stall: dict[str, int] = field(default_factory=dict)
@@ -124,6 +126,8 @@ class Hub:
         content = found.arriving.get(name, found.files[name])
         ranged = request.headers.get("Range")
         self.asked.append((name, ranged))
+        if not found.ranges:
+            ranged = None
         start = int(ranged.removeprefix("bytes=").removesuffix("-")) if ranged else 0
         headers = {"Content-Length": str(len(content) - start)}
         if ranged:

@@ -16,6 +16,7 @@ from embedserve.models.bundle import BUNDLE_MANIFEST, pack, unpack, verify
 from embedserve.models.catalog import locate
 from embedserve.models.errors import BundleError, CheckpointError
 from embedserve.models.manifest import Manifest, sum_of
+from embedserve.models.progress import Progress
 
 REVISION = "a" * 40
 
@@ -370,3 +371,23 @@ def test_the_id_is_the_manifest_s_or_the_catalogue_s_or_the_folder_s_name(tmp_pa
     assert (manifest.model, manifest.revision) == ("acme/named", REVISION)
     [manifest] = pack(write_model(tmp_path / "z"), tmp_path / "bundle.tar", force=True, model="all-minilm-l6-v2")
     assert manifest.model == "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def test_a_file_or_folder_that_cannot_be_used_is_named(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BundleError, match=rf"{tmp_path}/file.*: (Not a directory|File exists)"):
+        unpack(bundle, tmp_path / "file")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_one_line_on_a_terminal_that_is_gone_at_the_end_and_nothing_elsewhere() -> None:
+    terminal, pipe = Terminal(), io.StringIO()
+    for stream in (terminal, pipe):
+        with Progress("packing", 2_500_000, stream) as progress:
+            progress.advance(1_000_000)
+    assert terminal.getvalue() == "\r\x1b[Kpacking   40 %  1.0 MB of 2.5 MB\r\x1b[K"
+    assert pipe.getvalue() == ""

@@ -299,6 +299,17 @@ def test_a_connection_that_drops_is_taken_up_again(stand_in: Hub, tmp_path: Path
     assert [ranged is not None for name, ranged in stand_in.asked if name == "model.safetensors"] == [False, True]
 
 
+def test_a_server_that_sends_the_whole_file_again_is_understood(stand_in: Hub, tmp_path: Path) -> None:
+    weights = np.random.default_rng(6).bytes(1 << 20)
+    stand_in.repositories["acme/whole"] = Repository({**JSON_FILES, "model.safetensors": weights}, ranges=False)
+    part = tmp_path / "acme" / ".whole.pull" / COMMIT / ".model.safetensors.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(weights[: 1 << 19])
+    folder = pull("acme/whole", tmp_path, endpoint=stand_in.url)
+    assert ("model.safetensors", f"bytes={1 << 19}-") in stand_in.asked
+    assert (folder / "model.safetensors").read_bytes() == weights
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_a_file_that_arrives_damaged_is_named_and_fetched_anew(stand_in: Hub, tmp_path: Path, name: str) -> None:
     files = {**JSON_FILES, "model.safetensors": b"weights"}
@@ -376,7 +387,9 @@ def test_a_disk_that_is_too_small_is_told_before_the_weights_are_asked_for(
 
 
 def test_a_folder_of_another_origin_is_not_touched(stand_in: Hub, tmp_path: Path) -> None:
-    stand_in.repositories["acme/plain"] = Repository(plain(), {"main": COMMIT, COMMIT: COMMIT, "old": OTHER, OTHER: OTHER})
+    stand_in.repositories["acme/plain"] = Repository(
+        plain(), {"main": COMMIT, COMMIT: COMMIT, "old": OTHER, OTHER: OTHER}
+    )
     own = tmp_path / "acme" / "plain"
     own.mkdir(parents=True)
     (own / "config.json").write_text("mine")
