@@ -79,7 +79,7 @@ BACKENDS = {
     "xlm_roberta": ("native", "onnx", "transformers"),
     "jina_bert": ("native", "onnx"),
     "qwen3": ("native", "onnx", "transformers"),
-    "jina_clip": ("native",),
+    "jina_clip": ("native", "onnx"),
     "foreign": ("transformers", "onnx"),
 }
 """Family → the backends that run it, the default first. transformers has no JinaBERT and no jina-clip: their authors'
