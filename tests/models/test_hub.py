@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file
 from tests.models.hub_stand_in import COMMIT, Hub, Repository
 
@@ -173,6 +175,27 @@ def test_graphs_come_with_the_files_that_hold_their_tensors(stand_in: Hub, tmp_p
         "model_fp16.onnx",
     ]
     assert not (folder / "model.onnx").exists()
+
+
+def test_a_graph_s_files_are_those_that_onnx_wrote(tmp_path: Path) -> None:
+    constant = numpy_helper.from_array(np.ones(300, dtype=np.float32), "inner")
+    weight = numpy_helper.from_array(np.ones(300, dtype=np.float32), "weight")
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [300])
+    branch = helper.make_graph([helper.make_node("Constant", [], ["z"], value=constant)], "b", [], [output])
+    nodes = [
+        helper.make_node("Constant", [], ["c"], value=constant),
+        helper.make_node("If", ["condition"], ["y"], then_branch=branch, else_branch=branch),
+    ]
+    model = helper.make_model(helper.make_graph(nodes, "g", [], [output], [weight]))
+    onnx.save(model, tmp_path / "inside.onnx")
+    assert external_data(tmp_path / "inside.onnx") == set()
+    for tensor in onnx.external_data_helper._get_all_tensors(model):
+        where = f"{tensor.name}.{'' if tensor is model.graph.initializer[0] else 'of a node'}"
+        onnx.external_data_helper.set_external_data(tensor, where)
+    onnx.save(model, tmp_path / "outside.onnx")
+    found = {path.name for path in tmp_path.iterdir()} - {"inside.onnx", "outside.onnx"}
+    assert len(found) == 2
+    assert external_data(tmp_path / "outside.onnx") == found
 
 
 @pytest.mark.parametrize("location", ["../../../etc/passwd", "/etc/passwd", ".hidden", ""])
