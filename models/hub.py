@@ -116,6 +116,9 @@ def _pull_into(
         for name, file in manifest.files.items()
         if (place / name).is_file() and (place / name).stat().st_size == file.size
     }
+    if any(file.source is not None and name not in there for name, file in manifest.files.items()):
+        # Shards are converted together with their index, so all of them again.
+        there = {name: file for name, file in there.items() if file.source is None}
     converted = {file.source.partition(" ")[0] for file in there.values() if file.source is not None}
 
     def fetch(name: str) -> Path:

@@ -260,6 +260,19 @@ def test_pickles_are_converted_and_left_behind(stand_in: Hub, tmp_path: Path) ->
     assert stand_in.names == []
 
 
+def test_a_converted_shard_that_was_lost_is_made_again(stand_in: Hub, tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3), "b": torch.randn(4)}
+    shards = {f"pytorch_model-{name}.bin": saved({name: tensor}) for name, tensor in tensors.items()}
+    index = json.dumps({"weight_map": {name: f"pytorch_model-{name}.bin" for name in tensors}}).encode()
+    stand_in.repositories["acme/shards"] = Repository({**JSON_FILES, **shards, "pytorch_model.bin.index.json": index})
+    folder = pull("acme/shards", tmp_path, endpoint=stand_in.url)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert not any(name.startswith("pytorch_model") for name in before)
+    (folder / "model-a.safetensors").unlink()
+    pull("acme/shards", tmp_path, endpoint=stand_in.url)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 class Creates:
     """Unpickled, it would make a folder."""
 
