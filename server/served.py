@@ -268,6 +268,8 @@ def _load(argument: str, models_dir: Path | None) -> LocalModel:
         max_tokens=config.max_tokens,
         lower_case=config.do_lower_case,
         bert_normalizer=config.bert_normalizer,
+        append=config.append_token_ids,
+        vocab_size=config.vocab_size,
     )
     published = entry.created if entry else None
     created = int(_last_change(folder)) if published is None else published
