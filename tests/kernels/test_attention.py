@@ -84,7 +84,7 @@ def largest_allocation(attend: Attend, tokens: int) -> int:
     """Bytes of the largest piece of memory that attention with ALiBi takes for one row, 4 heads of 16."""
     qkv = torch.randn(tokens, 3, 4, 16)
     slopes = alibi_slopes(4, qkv.device)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         attend(*qkv.unbind(1), layout_of([tokens]), slopes=slopes)
     return max(event.cpu_memory_usage for event in recorded.events())
 
