@@ -83,12 +83,9 @@ class _Estimate:
 class Engine:
     """The event loop's side of an engine whose models are loaded."""
 
-    def __init__(
-        self, runners: Mapping[str, Runner], device: ThreadPoolExecutor, max_batch_tokens: int | None = None
-    ) -> None:
-        """`device`: the thread that alone calls the runners. `max_batch_tokens`: in place of what they measured."""
+    def __init__(self, runners: Mapping[str, Runner], device: ThreadPoolExecutor) -> None:
+        """`device`: the thread that alone calls the runners."""
         self._runners = runners
-        self._max_batch_tokens = max_batch_tokens
         self._device = device
         self._bound: deque[_Batch] = deque()
         self._running: _Batch | None = None
@@ -113,9 +110,8 @@ class Engine:
 
     def _announce(self, name: str) -> list[wire.ModelReady]:
         info = self._runners[name].info
-        bound = self._max_batch_tokens or info.max_batch_tokens
         return [
-            wire.ModelReady(name, modality, bound, info.cost, info.device, info.dtype, info.backend)
+            wire.ModelReady(name, modality, info.max_batch_tokens, info.cost, info.device, info.dtype, info.backend)
             for modality in info.modalities
         ]
 
@@ -220,7 +216,7 @@ async def serve(options: EngineOptions, address: str, alive: Liveness) -> None:
         raise DeviceError(f"the models cannot be loaded: {type(error).__name__}: {error}") from error
     finally:
         beats.cancel()
-    engine = Engine(runners, device, options.max_batch_tokens)
+    engine = Engine(runners, device)
     connection = asyncio.create_task(engine.keep_connected(address))
     alive.ready()
     while await alive.beat():
@@ -249,7 +245,7 @@ def _load(options: EngineOptions, alive: Liveness) -> dict[str, Runner]:
             pin=True,
             progress=progress,
         )
-        runner.warm_up(progress)
+        runner.warm_up(progress, max_batch_tokens=options.max_batch_tokens)
         runners[name] = runner
     return runners
 

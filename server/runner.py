@@ -160,7 +160,7 @@ class Runner:
 
     @property
     def info(self) -> RunnerInfo:
-        """The runner's facts; `max_batch_tokens` is measured by `warm_up` and the smallest before it."""
+        """The runner's facts; `max_batch_tokens` is `warm_up`'s work, and the smallest before it."""
         return RunnerInfo(
             device=str(self._device),
             device_name=_device_name(self._device),
@@ -307,12 +307,23 @@ class Runner:
                 f"{self._config.dimension}"
             )
 
-    def warm_up(self, progress: Callable[[str], None] = lambda _: None) -> None:
-        """Run batches of growing size: allocators and libraries settle, and `info.max_batch_tokens` is measured.
+    def warm_up(self, progress: Callable[[str], None] = lambda _: None, *, max_batch_tokens: int | None = None) -> None:
+        """Let the model answer for the first time: allocators and libraries settle, a broken device shows.
 
-        It becomes the smallest size within 3 % of the best rate, among those that run in about 100 ms on a CPU or 20 ms
-        on a GPU. Takes a second or two.
+        `info.max_batch_tokens` becomes the given number, or the one that is measured; which takes a second or two.
         """
+        if max_batch_tokens is not None:
+            self._max_batch_tokens = max_batch_tokens
+            self._probe(_SMALLEST_BATCH)
+        else:
+            self._measure(progress)
+        if self._config.images is not None:
+            size = self._config.images.size
+            self.run_images(np.zeros(size * size * 3, np.uint8), np.array([self._config.dimension], np.int32))
+
+    def _measure(self, progress: Callable[[str], None]) -> None:
+        """Run batches of growing size, and take the smallest within 3 % of the best rate, among those that run in about
+        100 ms on a CPU or 20 ms on a GPU."""
         fastest: dict[int, float] = {}
         # Twice: other processes start at the same time, and what they disturb once they leave alone the second time.
         for _ in range(2):
@@ -327,9 +338,6 @@ class Runner:
         best = max(rates.values())
         self._max_batch_tokens = next(size for size, rate in rates.items() if rate >= _NEAR_BEST * best)
         progress(f"batches of up to {self._max_batch_tokens} tokens, {best:,.0f} tokens/s")
-        if self._config.images is not None:
-            size = self._config.images.size
-            self.run_images(np.zeros(size * size * 3, np.uint8), np.array([self._config.dimension], np.int32))
 
     def _filled(self, bound: int) -> int:
         """Tokens in a batch of this bound: texts are whole, so it falls short by half a text on average."""
