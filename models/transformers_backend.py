@@ -15,11 +15,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from embedserve.models.batch import PackedBatch, PackedRows
+from embedserve.models.batch import PackedBatch
 from embedserve.models.config import ModelConfig
 from embedserve.models.errors import CheckpointError
 from embedserve.models.json_file import JsonFile
@@ -35,9 +34,10 @@ _UNUSED = re.compile(
 # A checkpoint need not bring what is not used.
 _DISPENSABLE = re.compile(r"(.+\.)?pooler\..+")
 
-# Architectures that lived as code in their checkpoints before transformers took them over, tensors and all, so that a
-# checkpoint which still names its code computes the same without. Its config.json may speak the old code's language,
-# which transformers passes over in silence: then these fields must say what the new code does anyway.
+# Architectures that lived as code in their checkpoints before transformers took them over: those whose documentation
+# there names the original repository, so that it computes the same without its code. The repository's config.json may
+# still speak the old code's language, which transformers passes over in silence: then these fields must say what the
+# new code does anyway.
 _ADOPTED: dict[str, dict[str, tuple[object, ...]]] = {
     "eurobert": {},
     "nomic_bert": {
@@ -85,7 +85,7 @@ class TransformersBackend:
         model = _load(transformers, folder, dtype)
         _check_positions(model, config)
         self._model = model.to(device)
-        self._check_states(config)
+        _check_states(self._model, config)
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """See `Backend`."""
@@ -102,30 +102,6 @@ class TransformersBackend:
     def images(self, pixels: Tensor) -> Tensor:
         """Never called: models for images are refused when they are loaded."""
         raise NotImplementedError
-
-    @torch.inference_mode()
-    def _check_states(self, config: ModelConfig) -> None:
-        """Raise CheckpointError unless two short texts give token states of the promised width."""
-        lengths = np.array([1, 2], dtype=np.int32)
-        ids = torch.zeros(3, dtype=torch.int32, device=self._device)
-        rows = PackedRows.pack(np.zeros(3, dtype=np.int32), lengths)
-        there = {
-            name: torch.from_numpy(getattr(rows, name)).to(self._device) for name in ("positions", "rows", "cu_seqlens")
-        }
-        kind = type(self._model).__name__
-        try:
-            states = self.hidden_states(PackedBatch.from_staged(rows, ids=ids, **there))
-        # Models for other things than texts fail each in its own way.
-        except (AttributeError, TypeError, ValueError, KeyError, AssertionError) as error:
-            raise CheckpointError(
-                f"{config.weights_folder}: {kind} of transformers gives no states for token ids alone "
-                f"({_first_line(error)}); expected an encoder of texts"
-            ) from error
-        if states.shape != (3, config.hidden_size):
-            raise CheckpointError(
-                f"{config.weights_folder}: {kind} of transformers gives states of {states.shape[-1]} components, but "
-                f"config.json promises {config.hidden_size}; the files do not belong together"
-            )
 
 
 def _import_transformers() -> Any:
@@ -248,6 +224,26 @@ def _check_positions(model: Any, config: ModelConfig) -> None:
                     f"{config.weights_folder}: texts may have {config.max_tokens} tokens, but the table {name!r} has "
                     f"positions for {usable}; set max_seq_length in sentence_bert_config.json to {usable} or less"
                 )
+
+
+@torch.inference_mode()
+def _check_states(model: Any, config: ModelConfig) -> None:
+    """Raise CheckpointError unless a short text gives token states of the promised width."""
+    kind = type(model).__name__
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+    try:
+        states = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    # Models for other things than texts fail each in its own way.
+    except (AttributeError, TypeError, ValueError, KeyError, AssertionError) as error:
+        raise CheckpointError(
+            f"{config.weights_folder}: {kind} of transformers gives no states for token ids alone "
+            f"({_first_line(error)}); expected an encoder of texts"
+        ) from error
+    if states.shape != (1, 2, config.hidden_size):
+        raise CheckpointError(
+            f"{config.weights_folder}: {kind} of transformers gives states of {states.shape[-1]} components, but "
+            f"config.json promises {config.hidden_size}; the files do not belong together"
+        )
 
 
 def _first_line(error: Exception) -> str:

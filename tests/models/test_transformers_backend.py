@@ -35,7 +35,7 @@ from embedserve.models.transformers_backend import TransformersBackend
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the reference's own imports
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+    from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
 
 Fields = dict[str, Any]
 
