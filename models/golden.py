@@ -83,8 +83,6 @@ PLANETS = (
     "Jupiter, the largest planet in our solar system, has a prominent red spot.",
     "Saturn, famous for its rings, is sometimes mistaken for the Red Planet.",
 )
-ANSWER = 1
-"""Which of PLANETS answers RED_PLANET: the nearest one in every row that is published."""
 
 
 def _planets(*scores: float, prompt: str = "") -> Scores:

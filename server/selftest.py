@@ -61,6 +61,13 @@ TEXTS = (
     "Water runs downhill. " * 60,
 )
 
+# A sentence, the same in other words, and something else in its words.
+MEANINGS = (
+    ("A man is eating food.", "Someone is having a meal.", "A man is driving a car."),
+    ("How can I lower my electricity bill?", "Tips for saving energy at home", "How can I lower my seat?"),
+    ("The film was a waste of time.", "I was bored by that movie.", "The meeting was at dinner time."),
+)
+
 
 @dataclass(frozen=True)
 class Check:
@@ -280,7 +287,7 @@ def consistency(loaded: LoadedModel) -> Iterator[Check]:
         yield _norms("full vectors", together)
     yield from _cut(loaded, together)
     yield from _truncation(loaded)
-    yield from _answer(loaded)
+    yield from _meaning(loaded)
     yield from _images(loaded)
 
 
@@ -335,14 +342,15 @@ def _truncation(loaded: LoadedModel) -> Iterator[Check]:
         yield _same(what, [limit, short[-1]], [len(ids), ids[-1]], "")
 
 
-def _answer(loaded: LoadedModel) -> Iterator[Check]:
+def _meaning(loaded: LoadedModel) -> Iterator[Check]:
+    """Whether weights were trained at all: those that were not see the words that two sentences share."""
     entry = loaded.model.entry
     if entry is None or not {"en", "multilingual"} & set(entry.languages):
         return
-    query = loaded.dense([golden.RED_PLANET], prompt=loaded.model.prompts.get("query", ""))[0]
-    nearest = int((loaded.dense(golden.PLANETS) @ query).argmax())
-    what = f"which of {len(golden.PLANETS)} sentences is nearest to {golden.RED_PLANET!r}"
-    yield _same(what, golden.PLANETS[golden.ANSWER], golden.PLANETS[nearest], "")
+    sentences, paraphrases, others = (_unit(loaded.dense(texts)) for texts in zip(*MEANINGS, strict=True))
+    margin = float((sentences * (paraphrases - others)).sum(axis=1).mean())
+    what = "cosine with a paraphrase in other words, less that with another meaning in the same words"
+    yield Check(what, "above 0", margin, margin > 0, "")
 
 
 def _images(loaded: LoadedModel) -> Iterator[Check]:

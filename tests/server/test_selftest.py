@@ -26,6 +26,7 @@ from embedserve.server.selftest import Check, LoadedModel, checks, consistency, 
 from embedserve.server.served import LocalModel, find_models
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+PARAPHRASES = "cosine with a paraphrase in other words, less that with another meaning in the same words"
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +123,22 @@ def test_weights_that_are_subtly_wrong_fail_the_published_values_alone(
     assert "FAIL  first 8 components of 'What is Deep Learning?'" in wrong
     # In themselves they are as consistent as before.
     assert not [line for line in wrong if "batch" in line or "norm of" in line]
+
+
+def forget_everything(tensors: dict[str, torch.Tensor]) -> None:
+    torch.manual_seed(0)
+    for name, tensor in tensors.items():
+        if name.endswith("weight") and "LayerNorm" not in name:
+            tensor.normal_(std=0.02)
+
+
+def test_untrained_weights_are_told_without_a_published_value(
+    capsys: pytest.CaptureFixture[str], disturbed: Callable[..., Path]
+) -> None:
+    _, out = run(capsys, f"{MINILM}={disturbed(forget_everything)}")
+    assert f"FAIL  {PARAPHRASES}" in out.splitlines()
+    _, out = run(capsys, MINILM)
+    assert f"pass  {PARAPHRASES}" in out.splitlines()
 
 
 def test_a_model_of_which_nothing_is_published_says_so(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
