@@ -10,20 +10,22 @@ The way of a request:
         auth.py, limits.py      who may call, and how often
         schemas.py              JSON → request, or an error that names the field
         served.py               the model it names
+      embedding.py  a request → its arrays
         token_arrays.py         cl100k ids → text
-        tokenizer.py            text → token ids
-      client.py     what an endpoint calls to get vectors
-        wire.py                 frames between the processes
+        tokenizer.py            text → token ids (text_prefix.py: of as much of it as counts)
+        images.py               base64 → pixels
+      client.py     what it calls to have them run
+        wire.py, arrays.py      frames between the processes, and the arrays in them
       relay.py      what it calls where the model runs elsewhere (upstreams.py)
     broker.py       the process with the queue, the limits and the counters
       batcher.py    the queue's rules
       metrics.py    the counters
     engine.py       a process for each device: pulls batches
-      runner.py     owns the device: token ids → vectors
+      runner.py     owns the device: token ids or pixels → vectors
       threads.py    the CPU's threads
-    client.py, encode.py        vectors → response
+    client.py, encode.py        arrays → response
 
 Around them: cli.py and config.py (tables.py, parsers.py) read the settings, supervisor.py starts and watches the
 processes, process.py is what those have in common, errors.py is the tree of errors, openapi.py describes the API,
-log.py writes the lines.
+log.py writes the lines. Beside the server: model_list.py is `embedserve models`, selftest.py `embedserve selftest`.
 """
