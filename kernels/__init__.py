@@ -3,7 +3,7 @@
 attention   softmax(QKᵀ/√d + B)V over packed sequences, in both directions or causal
 alibi       the slopes and biases of ALiBi, the B of JinaBERT; alibi_triton attends with them on GPUs
 rotary      positions as angles, of texts; rotary_2d of images
-norm        LayerNorm, alone and after a residual sum
+norm        LayerNorm, alone and after a residual sum; RMSNorm
 activation  the feed-forward non-linearities that checkpoints name
 linear      xWᵀ + b, with a fused activation or residual where the CPU library offers it
 pooling     token states → one vector a text: pool, cut, normalise, check
