@@ -24,7 +24,7 @@ serve: install ## serve all-MiniLM-L6-v2 on 127.0.0.1:8000 (SERVE_OPTIONS="--por
 
 install-dev: $(VENV)/.installed-dev ## the same with what tests and checks need
 
-test: test-main test-clients ## all tests
+test: test-main test-clients test-export ## all tests
 
 test-main: install-dev ## the server's own tests
 	$(BIN)/python -m pytest

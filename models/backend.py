@@ -18,11 +18,13 @@ class Backend(Protocol):
     """A loaded model.
 
     cost: what a batch costs, for the batcher: "packed", the sum of tokens; "padded", rows times the longest.
+    dtype: in which it computes; that of the constructor, unless the files have but another.
     pools: whether the model's own graph pools, so that hidden_states returns one vector a row, [rows, hidden].
     """
 
     name: str
     cost: Literal["packed", "padded"]
+    dtype: torch.dtype
     pools: bool
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:

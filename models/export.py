@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from embedserve.kernels import pooling
-from embedserve.models import registry
+from embedserve.models import manifest, registry
 from embedserve.models.architecture import BertArchitecture, ForeignArchitecture
 from embedserve.models.backend import Backend
 from embedserve.models.batch import PackedBatch, PackedRows
@@ -116,6 +116,7 @@ def export(
                 _judge(result, SMALLEST_COSINE[dtype])
                 entry = _provenance(config, result, half=half, optimize=optimize)
                 _install(made, file, folder / RECORD, {**record.values, file.name: entry})
+                _enter(config.folder, file)
         except OSError as error:
             raise ExportError(
                 f"{error.filename or folder}: cannot be written ({error.strerror}); choose another folder with --output"
@@ -231,6 +232,16 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
+
+
+def _enter(checkpoint: Path, file: Path) -> None:
+    """Enter the graph into the checkpoint's manifest, if it has one and holds the graph, or `verify` would object."""
+    if not file.resolve().is_relative_to(checkpoint.resolve()):
+        return
+    made = [file, file.with_name(f"{file.name}_data"), file.with_name(RECORD)]
+    names = [path.resolve().relative_to(checkpoint.resolve()).as_posix() for path in made]
+    there = [name for name, path in zip(names, made, strict=True) if path.exists()]
+    manifest.record(checkpoint, there, removed=[name for name in names if name not in there])
 
 
 def _install(made: Path, file: Path, record_file: Path, record: dict[str, Any]) -> None:

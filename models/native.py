@@ -21,6 +21,7 @@ class NativeBackend:
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         kernels = dispatch.choose(device, dtype)
+        self.dtype = dtype
         self.cost: Literal["packed", "padded"] = "padded" if kernels.pads else "packed"
         self._model = registry.family(config.family)(config, device, dtype, kernels)
 

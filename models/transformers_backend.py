@@ -82,6 +82,7 @@ class TransformersBackend:
             pass
         self._pad_id = config.pad_token_id
         self._device = device
+        self.dtype = dtype
         model = _load(transformers, folder, dtype)
         _check_positions(model, config)
         self._model = model.to(device)
@@ -192,8 +193,11 @@ def _check_loaded(folder: Path, kind: str, report: dict[str, Any]) -> None:
     transformers fills what is missing with random numbers and says so in a warning.
     """
     mismatched = _listed(
-        f"{name} is {list(found)} where config.json asks for {list(wanted)}"
-        for name, found, wanted in report["mismatched_keys"]
+        # transformers 4 has but the name.
+        f"{entry} has another shape than config.json asks for"
+        if isinstance(entry, str)
+        else f"{entry[0]} is {list(entry[1])} where config.json asks for {list(entry[2])}"
+        for entry in report["mismatched_keys"]
     )
     if mismatched:
         raise CheckpointError(f"{folder}: {mismatched}; the two do not belong to one checkpoint")

@@ -96,7 +96,6 @@ class Runner:
         backend: Backend,
         config: ModelConfig,
         device: torch.device,
-        dtype: torch.dtype,
         threads: int,
         heads: Mapping[str, heads.Head],
     ) -> None:
@@ -104,7 +103,6 @@ class Runner:
         self._heads = heads
         self._config = config
         self._device = device
-        self._dtype = dtype
         self._threads = threads
         self._stage = _Stage(device)
         self._max_batch_tokens = _SMALLEST_BATCH
@@ -156,7 +154,7 @@ class Runner:
                 f"{' and '.join(sorted(missing))} output needs; use --backend native"
             )
         progress(f"loaded in {time.perf_counter() - started:.1f} s")
-        return cls(loaded, config, place, kind, count, heads)
+        return cls(loaded, config, place, count, heads)
 
     @property
     def info(self) -> RunnerInfo:
@@ -164,7 +162,7 @@ class Runner:
         return RunnerInfo(
             device=str(self._device),
             device_name=_device_name(self._device),
-            dtype=str(self._dtype).removeprefix("torch."),
+            dtype=str(self._backend.dtype).removeprefix("torch."),
             backend=self._backend.name,
             cost=self._backend.cost,
             max_batch_tokens=self._max_batch_tokens,

@@ -26,6 +26,7 @@ from embedserve.models.catalog import locate
 from embedserve.models.config import ModelConfig, read_config
 from embedserve.models.errors import CheckpointError, ExportError
 from embedserve.models.export import RECORD, Exported, export
+from embedserve.models.manifest import Manifest, differences, sum_of
 from embedserve.models.onnx import OnnxBackend
 from embedserve.server.runner import Runner
 
@@ -135,6 +136,17 @@ def test_float16(checkpoint: Callable[..., ModelConfig], family: str, optimize: 
     assert made.smallest_cosine > 0.9999
     assert OnnxBackend(config, CPU, torch.float16).dtype == torch.float16
     assert difference_from_source(config, torch.float16) < 2e-2
+
+
+def test_verify_knows_of_the_graph(checkpoint: Callable[..., ModelConfig]) -> None:
+    folder = checkpoint("bert").folder
+    files = {path.name: sum_of(path) for path in folder.iterdir()}
+    Manifest("a/model", files).write(folder)
+    export(read_config(folder))
+    written = Manifest.read(folder)
+    assert written is not None
+    assert {"onnx/model.onnx", f"onnx/{RECORD}"} <= set(written.files)
+    assert not differences(folder, written)
 
 
 def test_the_runner_serves_what_was_exported(checkpoint: Callable[..., ModelConfig]) -> None:
