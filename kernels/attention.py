@@ -6,8 +6,9 @@ Several implementations of one signature, `Attend`; `dispatch.py` chooses. Sourc
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -154,9 +155,13 @@ def attend_varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     cu_seqlens, longest = layout.cu_seqlens, layout.max_seqlen
-    window = (-1, 0) if causal else (-1, -1)
-    grouped = q.shape[1] != k.shape[1]
-    states = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=window, enable_gqa=grouped)
+    options: dict[str, Any] = {"window_size": (-1, 0)} if causal else {}
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    elif groups > 1:  # torch 2.11: documented from 2.12 on
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    states = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
     assert isinstance(states, Tensor)  # a pair only with return_aux
     return states.flatten(1)
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ARRAYS", "OUTPUTS", "Rows", "join", "output_bits", "outputs_of", "pack", "unpack", "wants"]
+__all__ = ["ARRAYS", "OUTPUTS", "Rows", "join", "output_bits", "pack", "unpack", "wants"]
 
 ARRAYS = {"dense": "<f4", "sparse_ids": "<i4", "sparse_weights": "<f4", "colbert": "<f4"}
 """Name → dtype."""
@@ -34,11 +34,6 @@ Ints = npt.NDArray[np.int32]
 def output_bits(outputs: Sequence[str]) -> int:
     """The outputs that a text is to have, as one number: bit i is the i-th of `OUTPUTS`."""
     return sum(_BITS[output] for output in outputs)
-
-
-def outputs_of(bits: int) -> list[str]:
-    """The outputs that `output_bits` put into a number."""
-    return [output for output, bit in _BITS.items() if bits & bit]
 
 
 def wants(bits: Ints, output: str) -> npt.NDArray[np.bool_]:

@@ -12,7 +12,15 @@ from embedserve.server import wire
 MESSAGES = st.one_of(
     st.builds(wire.Cancel, st.integers(0, 1 << 40)),
     st.builds(wire.Pull),
-    st.builds(wire.Submit, st.integers(0, 1 << 40), st.text(), st.integers(0, 4096), st.integers(0, 4096)),
+    st.builds(
+        wire.Submit,
+        st.integers(0, 1 << 40),
+        st.text(),
+        st.sampled_from(["text", "image"]),
+        st.integers(0, 4096),
+        st.integers(0, 4096),
+        st.integers(0, 7),
+    ),
     st.builds(wire.WorkFailed, st.integers(0, 9), st.text(), st.floats(0, 60), st.none() | st.integers(0, 9)),
 )
 
