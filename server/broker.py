@@ -252,17 +252,19 @@ class Broker:
         engine.connection.send(run, [facts.data.cast("B"), np.concatenate(pieces).data])
 
     def _batch_done(self, engine: _Engine, message: wire.BatchDone, payload: bytes) -> None:
-        batch = engine.batches.pop(message.batch)
+        batch = engine.batches[message.batch]
+        try:
+            arrays = unpack(message.arrays, len(batch.lengths), payload)
+        except ValueError as error:
+            # The connection ends, and the batch, which is still the engine's, goes back into the queue.
+            raise wire.FrameError(str(error)) from None
+        del engine.batches[message.batch]
         tokens = sum(batch.lengths)
         self._metrics.count_batch(
             batch.lane.model, len(batch.lengths), tokens, message.computed_tokens, message.seconds
         )
         rate = tokens / max(message.seconds, 1e-6)
         self._rate = 0.9 * self._rate + 0.1 * rate if self._rate else rate
-        try:
-            arrays = unpack(message.arrays, len(batch.lengths), payload)
-        except ValueError as error:
-            raise wire.FrameError(str(error)) from None
         not_finite = set(message.not_finite)
         for finished in self._batcher.finish(batch.id):
             segment, first = finished.segment, finished.first_row

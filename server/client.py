@@ -230,10 +230,11 @@ class BrokerClient:
             del self._runs[request_id]
 
     def _send_reports(self) -> None:
+        # Taken first: were one of them in the way, the next would still be sent.
+        reports, self._reports = self._reports, []
         # Without a broker they are lost, as are the counters that they would have gone into.
-        if self._reports and self._connection is not None:
-            self._connection.send(wire.Report(self._reports))
-        self._reports = []
+        if reports and self._connection is not None:
+            self._connection.send(wire.Report(reports))
 
     # ----------------------------------------------------------------------------------------------------- answers
 

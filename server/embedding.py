@@ -161,10 +161,11 @@ class Embedder:
             for positions, result in zip((inputs.text_positions, inputs.image_positions), results, strict=True)
         ]
         names = [name for output in wanted.outputs for name in OUTPUTS[output]]
+        queue = min(result.queue for result in results)
         return Result(
             {name: join(name, len(inputs), parts) for name in names},
-            queue=min(result.queue for result in results),
-            run=max(result.run for result in results),
+            queue=queue,
+            run=max(result.queue + result.run for result in results) - queue,
         )
 
     # --------------------------------------------------------------------------------------------------- upstreams

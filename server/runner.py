@@ -214,10 +214,10 @@ class Runner:
         if not rows or pixels.size != rows * size * size * 3:
             raise BatchError(f"{pixels.size} bytes of pixels came for {rows} images of {size} by {size}")
         self._check_dimensions(dimensions)
-        # A copy: the frame's buffer is read-only, which torch does not take.
+        # Copies: buffers of frames are read-only, and torch warns of such.
         host = torch.from_numpy(pixels.reshape(rows, size, size, 3).copy())
         cut = self._cut(dimensions)
-        there = None if cut is None else torch.from_numpy(cut).to(self._device)
+        there = None if cut is None else torch.from_numpy(cut.copy()).to(self._device)
         pooled = self._backend.images(host.to(self._device)).float()
         arrays, finite = self._finish(pooled, there, dimensions, None, np.arange(rows))
         return Embedded(arrays, finite)

@@ -8,8 +8,9 @@ The way of a text is the server's: tokenizer → runner. Imports torch.
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TextIO
 
@@ -20,9 +21,9 @@ import torch
 
 from embedserve.models import golden
 from embedserve.models.golden import Components, Golden, Scores, Tokens, TokenWeights
-from embedserve.server.arrays import Rows, output_bits
+from embedserve.server.arrays import output_bits
 from embedserve.server.config import ServerConfig
-from embedserve.server.runner import Runner
+from embedserve.server.runner import Embedded, Runner
 from embedserve.server.served import LocalModel, find_models
 from embedserve.server.tokenizer import Encoded, Truncate
 
@@ -107,15 +108,17 @@ class LoadedModel:
 
     def sparse(self, texts: Sequence[str]) -> list[dict[int, float]]:
         """The weight of each token of each text, by id."""
-        arrays = self._run(texts, "sparse")
+        embedded = self._run(texts, "sparse")
+        ids, weights = embedded.arrays["sparse_ids"], embedded.arrays["sparse_weights"]
         return [
-            dict(zip(arrays["sparse_ids"][row].tolist(), arrays["sparse_weights"][row].tolist(), strict=True))
-            for row in range(len(texts))
+            # Weights that are no numbers are left out of a row like those below zero.
+            dict(zip(ids[row].tolist(), weights[row].tolist(), strict=True)) if fine else {-1: math.nan}
+            for row, fine in enumerate(embedded.finite)
         ]
 
     def colbert(self, texts: Sequence[str]) -> list[Floats]:
         """The vectors of each text, [tokens - 1, dimension]."""
-        rows = self._run(texts, "colbert")["colbert"]
+        rows = self._run(texts, "colbert").arrays["colbert"]
         return [rows[row].reshape(-1, self.info.dimension) for row in range(len(texts))]
 
     def images(self, pixels: npt.NDArray[np.uint8]) -> Floats:
@@ -124,11 +127,11 @@ class LoadedModel:
         embedded = self._runner.run_images(pixels, sizes)
         return np.where(embedded.finite[:, None], embedded.dense, np.float32("nan"))
 
-    def _run(self, texts: Sequence[str], output: str) -> Mapping[str, Rows]:
+    def _run(self, texts: Sequence[str], output: str) -> Embedded:
         encoded = self._encode(texts)
         sizes = np.full(len(texts), self.info.dimension, dtype=np.int32)
         wanted = np.full(len(texts), output_bits([output]), dtype=np.int32)
-        return self._runner.run(encoded.ids, encoded.lengths, sizes, wanted).arrays
+        return self._runner.run(encoded.ids, encoded.lengths, sizes, wanted)
 
     def _encode(self, texts: Sequence[str]) -> Encoded:
         return self.model.tokenizer.encode(texts, Truncate.END, _NO_LIMIT)
@@ -286,6 +289,7 @@ def consistency(loaded: LoadedModel) -> Iterator[Check]:
     if loaded.model.config.normalize:
         yield _norms("full vectors", together)
     yield from _cut(loaded, together)
+    yield from _other_outputs(loaded)
     yield from _truncation(loaded)
     yield from _meaning(loaded)
     yield from _images(loaded)
@@ -332,14 +336,30 @@ def _cut(loaded: LoadedModel, full: Floats) -> Iterator[Check]:
         yield _alike(f"vectors cut to {size}, and full ones cut", loaded, full[:, :size], cut)
 
 
+def _other_outputs(loaded: LoadedModel) -> Iterator[Check]:
+    """The outputs besides the dense one are the same for a text alone and in a batch."""
+    if "sparse" in loaded.model.config.outputs:
+        rows = zip(loaded.sparse(TEXTS), (loaded.sparse([text])[0] for text in TEXTS), strict=True)
+        # numpy's largest, in which a NaN wins.
+        largest = float(np.max([abs(a.get(t, 0.0) - b.get(t, 0.0)) for a, b in rows for t in {*a, *b}]))
+        tolerance = FLOAT32_DIFFERENCE + COMPONENT_SLACK[loaded.info.dtype]
+        what = "sparse weights of each text alone, and in a batch: largest difference"
+        yield Check(what, 0.0, largest, largest <= tolerance, "", largest, tolerance)
+    if "colbert" in loaded.model.config.outputs:
+        together = np.concatenate(loaded.colbert(TEXTS))
+        alone = np.concatenate([loaded.colbert([text])[0] for text in TEXTS])
+        yield _alike("multi-vectors of each text alone, and in a batch", loaded, together, alone)
+
+
 def _truncation(loaded: LoadedModel) -> Iterator[Check]:
     """A text that is too long keeps the special tokens around it, and fills the model's length."""
     limit = loaded.model.config.max_tokens
-    short, long = loaded.tokens("water"), "water " * (limit + 8)
+    leading, trailing = loaded.model.tokenizer.surroundings
     for truncate in (Truncate.END, Truncate.START):
-        ids = loaded.tokens(long, truncate)
-        what = f"{limit + 8} words cut to {limit} tokens by {truncate}: number, last id"
-        yield _same(what, [limit, short[-1]], [len(ids), ids[-1]], "")
+        ids = loaded.tokens("water " * (limit + 8), truncate)
+        what = f"{limit + 8} words cut to {limit} tokens by {truncate}: number, special tokens around"
+        around = [*ids[: len(leading)], *ids[len(ids) - len(trailing) :]]
+        yield _same(what, [limit, *leading, *trailing], [len(ids), *around], "")
 
 
 def _meaning(loaded: LoadedModel) -> Iterator[Check]:

@@ -204,6 +204,11 @@ class Tokenizer:
             max_tokens=max_tokens,
         )
 
+    @property
+    def surroundings(self) -> tuple[list[int], list[int]]:
+        """The special tokens before and after every text."""
+        return list(self._leading), list(self._trailing)
+
     def encode(self, texts: Sequence[str], truncate: Truncate, max_total: int) -> Encoded:
         """Tokenise texts; `max_total` bounds their tokens together, counted after truncation.
 

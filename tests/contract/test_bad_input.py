@@ -84,7 +84,7 @@ WRONG = {
     "prompt_name": [7, 1.5, True, [], ["query"], OBJECT, "", "nonsense"],
     "prompt": [7, 1.5, True, [], ["a"], OBJECT],
     "instruction": [7, 1.5, True, [], ["a"], OBJECT],
-    "outputs": [7, 1.5, True, [], "dense", [7], ["nonsense"], ["dense", "dense"], OBJECT],
+    "outputs": [7, 1.5, True, [], "dense", [7], ["nonsense"], ["dense", "dense"], [["dense"]], [{}], OBJECT],
     "truncate": [7, 1.5, [], ["END"], OBJECT, "", "nonsense"],
 }  # fmt: skip
 
@@ -93,6 +93,14 @@ WRONG = {
 def test_a_field_of_a_wrong_type(http: httpx.Client, field: str, value: object) -> None:
     error = envelope(http.post("/v1/embeddings", json={"model": MODEL, "input": "a", field: value}), 400)
     assert error["param"] == field or (field == "input" and error["param"] is None)
+
+
+def test_a_long_list_of_outputs_holds_nobody_up(http: httpx.Client, server: RunningServer) -> None:
+    before = [process.pid for process in server.children("front end")]
+    body = {"model": MODEL, "input": "a", "outputs": list(range(60_000))}
+    assert envelope(http.post("/v1/embeddings", json=body), 400)["param"] == "outputs"
+    # Compared each with each they took longer than a front end may be silent.
+    assert [process.pid for process in server.children("front end")] == before
 
 
 @pytest.mark.parametrize("field", WRONG)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from embedserve.server import wire
 from embedserve.server.arrays import Rows
 from embedserve.server.broker import Broker
 from embedserve.server.client import BrokerClient, NotFiniteError, Result, RunError, Texts
@@ -200,3 +201,41 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
         await asyncio.gather(running, waiting)
 
     story(told, max_queue_tokens=20)
+
+
+def test_an_engine_that_answers_nonsense_is_cut_off_and_its_batch_runs_elsewhere() -> None:
+    async def told() -> None:
+        address = f"\0embedserve-test-{secrets.token_hex(8)}"
+        broker = Broker(["m"], max_queue_tokens=100, rate_limit=0)
+        with socket.socket(socket.AF_UNIX) as listener, ThreadPoolExecutor(1) as device:
+            listener.bind(address)
+            listener.listen()
+            server = await asyncio.get_running_loop().create_unix_server(broker.connection, sock=listener)
+
+            def answer(connection: wire.FramedConnection, message: wire.Message, _payload: bytes) -> None:
+                assert isinstance(message, wire.Run)
+                connection.send(wire.BatchDone(message.batch, ["nonsense"], 0.1, 1, []), [b"\0\0\0\0"])
+
+            rogue = await wire.connect(address, lambda: wire.FramedConnection(answer, lambda _: None))
+            rogue.send(wire.Hello("engine", 1))
+            rogue.send(wire.EngineReady([wire.ModelReady("m", "text", 8, "packed", "cpu", "float32", "fake")]))
+            rogue.send(wire.Pull())
+            client = BrokerClient(address)
+            await client.start()
+            while not [state for state in await client.status() if state.state == "ready"]:
+                await asyncio.sleep(0.01)
+            texts = Texts(np.array([5], dtype=np.int32), np.array([1], dtype=np.int32))
+            asked = asyncio.create_task(client.run("m", texts, dimensions=2))
+            async with asyncio.timeout(10):
+                await rogue.lost.wait()
+                runner: Any = FakeRunner()
+                engine = Engine({"m": runner}, device)
+                connected = asyncio.create_task(engine.keep_connected(address))
+                assert dense(await asked) == [[5, 1]]
+            await client.stop()
+            connected.cancel()
+            engine._connection.close()
+            server.close()
+            await asyncio.sleep(0.05)
+
+    asyncio.run(told())

@@ -322,7 +322,7 @@ def test_bge_m3s_checks_run_through_all_three_outputs(capsys: pytest.CaptureFixt
     assert "FAIL  multi-vector scores of 2 queries and 2 documents, the first 'What is BGE M3?'" in lines
     assert "FAIL  cosines of 2 queries and 2 documents, the first 'What is BGE M3?'" in lines
     assert "pass  each text alone, and in a batch: largest difference" in lines
-    assert "pass  8200 words cut to 8192 tokens by END: number, last id" in lines
+    assert "pass  8200 words cut to 8192 tokens by END: number, special tokens around" in lines
 
 
 # ------------------------------------------------------------------------------------------------------------ the data
