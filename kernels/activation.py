@@ -1,4 +1,4 @@
-"""Non-linearities of feed-forward blocks, by the names that `ModelConfig.activation` carries."""
+"""Non-linearities of feed-forward blocks, by the names that `BertArchitecture.activation` carries."""
 
 from __future__ import annotations
 

@@ -24,7 +24,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LOG2_E = 1.4426950408889634
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# Not specialised by what changes from batch to batch, or requests would wait for the compiler after the warm-up.
+@triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["cu_seqlens"])  # type: ignore[untyped-decorator]
 def _forward(  # type: ignore[no-untyped-def]
     q,
     k,

@@ -6,6 +6,7 @@ Several implementations of one signature, `Attend`; `dispatch.py` chooses. Sourc
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -116,15 +117,19 @@ def attend_padded(
         padded[rows, positions] = part
         return padded.transpose(1, 2)
 
+    if (groups := heads // k.shape[1]) > 1:
+        # In float32 torch's kernels that write out no scores take no groups.
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     q_padded, k_padded, v_padded = pad(q), pad(k), pad(v)
+    if causal:
+        # No token sees the padding behind its row, so no mask is needed, which would also keep those kernels away.
+        states = F.scaled_dot_product_attention(q_padded, k_padded, v_padded, is_causal=True)
+        return states.transpose(1, 2)[rows, positions].reshape(tokens, heads * head_dim)
     lengths = layout.cu_seqlens[1:] - layout.cu_seqlens[:-1]
     keys = torch.arange(longest, device=q.device)
     mask = (keys[None, :] < lengths[:, None])[:, None, None, :]
     if slopes is None:
-        if causal:
-            mask = mask & (keys[None, :] <= keys[:, None])
-        grouped = q.shape[1] != k.shape[1]
-        states = F.scaled_dot_product_attention(q_padded, k_padded, v_padded, attn_mask=mask, enable_gqa=grouped)
+        states = F.scaled_dot_product_attention(q_padded, k_padded, v_padded, attn_mask=mask)
     else:
         states = torch.empty_like(q_padded)
         queries = max(1, _LARGEST_BIAS // (count * heads * longest))
@@ -157,13 +162,21 @@ def attend_varlen(
     cu_seqlens, longest = layout.cu_seqlens, layout.max_seqlen
     options: dict[str, Any] = {"window_size": (-1, 0)} if causal else {}
     groups = q.shape[1] // k.shape[1]
-    if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+    if groups > 1 and _varlen_takes_groups():
         options["enable_gqa"] = True
-    elif groups > 1:  # torch 2.11: documented from 2.12 on
+    elif groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     states = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
     assert isinstance(states, Tensor)  # a pair only with return_aux
     return states.flatten(1)
+
+
+@functools.cache
+def _varlen_takes_groups() -> bool:
+    """Whether torch's packed kernel takes grouped heads: documented from 2.12 on."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _check_alibi(q: Tensor, k: Tensor, *, causal: bool, slopes: Tensor | None) -> None:

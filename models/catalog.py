@@ -285,7 +285,8 @@ CATALOG: tuple[CatalogEntry, ...] = (
         created=_day(2024, 5, 30),
         revision="06150c7c382d7a4faedc7d5a0d8cdb59308968f4",
         modalities=("text", "image"),
-        unverified="the names of the text tower's tensors and the image tower's rotary settings are inferred",
+        unverified="the names of the text tower's tensors are inferred, and so is that the image tower has rotary "
+        "positions, which nothing that is published of its images checks",
     ),
     _qwen3("0.6B", 1024, 595_776_512, "b22da495047858cce924d27d76261e96be6febc0"),
     _qwen3("4B", 2560, 4_021_774_336, "636cd9bf47d976946cdbb2b0c3ca0cb2f8eea5ff"),
@@ -309,7 +310,7 @@ def configure(folder: Path, name: str) -> ModelConfig:
     models are normalised whatever their files say: OpenAI's are, clients take the inner product for the cosine, and
     snapshots of one model differ in it (jina-embeddings-v2).
 
-    Raises CheckpointError, also where the folder holds another architecture than the known model has.
+    Raises CheckpointError, also where the folder's architecture or the size of its vectors is not the known model's.
     """
     config = read_config(folder)
     entry = find(name)
@@ -320,6 +321,11 @@ def configure(folder: Path, name: str) -> ModelConfig:
             f"{config.weights_folder / 'config.json'}: describes a model of the family {config.family}, but {entry.id} "
             f"is one of {entry.family}; serve the folder under another name, or copy the right one"
         )
+    if config.dimension != entry.dimensions:
+        raise CheckpointError(
+            f"{config.weights_folder / 'config.json'}: gives vectors of {config.dimension} components, but {entry.id} "
+            f"has {entry.dimensions}; serve the folder under another name, or copy the right one"
+        )
     known: dict[str, Any] = {
         "pooling": entry.pooling,
         "max_tokens": min(entry.max_tokens, config.max_tokens),
@@ -329,7 +335,7 @@ def configure(folder: Path, name: str) -> ModelConfig:
         config,
         **{name: value for name, value in known.items() if name in config.assumed},
         normalize=True,
-        matryoshka=config.matryoshka or (entry.matryoshka if config.dimension == entry.dimensions else None),
+        matryoshka=config.matryoshka or entry.matryoshka,
         instruction=config.instruction or entry.instruction,
         append_token_ids=config.append_token_ids or entry.append_token_ids,
         stored_dtype=config.stored_dtype or entry.stored_dtype,

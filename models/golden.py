@@ -2,7 +2,7 @@
 
 Sources, none of which says the checkpoint's revision:
 
-README       the model's own page on the hub
+README       the model's own page on the hub; issues: one of its repository
 ST           sentence-transformers, tests/sentence_transformer/test_pretrained.py: bfloat16, relative tolerance 1 %
 fastembed    its tests' canonical vectors: ONNX Runtime, absolute tolerance 1e-3; some from quantised graphs
 TEI          Text Embeddings Inference, its tests and backends/candle/tests/snapshots: float32
@@ -135,8 +135,8 @@ _QWEN3_DOCUMENTS = (
 )
 _QWEN3_PROMPT = "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:"
 _QWEN3_TOKENS = (
-    Tokens("README", "test", 2, (1944, 151643)),
-    Tokens("README", "test again", 3, (1944, 1549, 151643)),
+    Tokens("issues", "test", 2, (1944, 151643)),
+    Tokens("issues", "test again", 3, (1944, 1549, 151643)),
 )
 
 # ---------------------------------------------------------------------------------------------------------- the models

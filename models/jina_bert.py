@@ -90,6 +90,8 @@ def _names(weights: Weights) -> JinaNames:
     def found(name: str) -> str | None:
         return name if has(name) else None
 
+    # Both or neither: of a pair of which one is missing, the other is asked for by name.
+    normed = has(f"{attention}.self.layer_norm_q") or has(f"{attention}.self.layer_norm_k")
     second_norm = found(f"{layer}.layer_norm_1")
     gate_first = has(f"{mlp}.gated_layers")
     return JinaNames(
@@ -97,8 +99,8 @@ def _names(weights: Weights) -> JinaNames:
         types="embeddings.token_type_embeddings",
         norm="embeddings.LayerNorm",
         qkv=(f"{attention}.self.query", f"{attention}.self.key", f"{attention}.self.value"),
-        query_norm=found(f"{attention}.self.layer_norm_q"),
-        key_norm=found(f"{attention}.self.layer_norm_k"),
+        query_norm=f"{attention}.self.layer_norm_q" if normed else None,
+        key_norm=f"{attention}.self.layer_norm_k" if normed else None,
         attention_out=f"{attention}.output.dense",
         attention_norm=f"{attention}.output.LayerNorm",
         second_norm=second_norm,

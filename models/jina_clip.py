@@ -24,12 +24,12 @@ from embedserve.kernels.rotary_2d import rotary_turns_2d, rotate_neighbours
 from embedserve.models.architecture import JinaClipArchitecture, VisionArchitecture
 from embedserve.models.batch import PackedBatch
 from embedserve.models.config import ImageSettings, ModelConfig
-from embedserve.models.errors import BatchError
+from embedserve.models.errors import BatchError, CheckpointError
 from embedserve.models.jina_bert import JinaEncoder, JinaNames
 from embedserve.models.parts import Norm, Parts
 from embedserve.models.weights import Weights
 
-# logit_scale belongs to the training's loss; the rotary tables are computed.
+# logit_scale belongs to the training's loss; the rotary tables are computed, and those of the file compared with them.
 _IGNORED = (r"logit_scale", r"text_model\.transformer\.pooler\..*", r"vision_model\.(.*\.)?rope\.freqs_(cos|sin)")
 
 _LAYER = "text_model.transformer.encoder.layers.{}"
@@ -61,7 +61,7 @@ class JinaClip:
             text = Parts(weights, device, dtype, kernels, sizes.text.layer_norm_eps)
             self._text = JinaEncoder(sizes.text, text, _TEXT_NAMES)
             vision = Parts(weights, device, dtype, kernels, sizes.vision.layer_norm_eps)
-            self._vision = _VisionTower(sizes.vision, config.images, vision)
+            self._vision = _VisionTower(sizes.vision, config.images, vision, weights)
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         """See `registry.Family`: states of texts."""
@@ -87,8 +87,26 @@ class _Block:
     down: Linear
 
 
+def _check_turns(weights: Weights, turns: Tensor) -> None:
+    """Compare the patches' turns with the tables of cosines and sines that some versions of the author's code store.
+
+    Raises CheckpointError where they differ: config.json would then mean another rotation than it is read as.
+    """
+    for name, ours in (("cos", turns.real), ("sin", turns.imag)):
+        stored = f"vision_model.rope.freqs_{name}"
+        if stored in weights:
+            # Each turn is of two neighbouring components.
+            expected = ours.repeat_interleave(2, dim=1)
+            found = weights.take(stored, tuple(expected.shape)).float()
+            if float((found - expected).abs().max()) > 1e-2:
+                raise CheckpointError(
+                    f"{weights.folder}: tensor {stored!r} holds other rotary positions than config.json asks for; the "
+                    "two do not belong to one checkpoint"
+                )
+
+
 class _VisionTower:
-    def __init__(self, sizes: VisionArchitecture, settings: ImageSettings, parts: Parts) -> None:
+    def __init__(self, sizes: VisionArchitecture, settings: ImageSettings, parts: Parts, weights: Weights) -> None:
         self._sizes = sizes
         self._attend = parts.kernels.attend
         width, patch, parameters = sizes.hidden_size, sizes.patch_size, parts.parameters
@@ -105,8 +123,10 @@ class _VisionTower:
         self._std = torch.tensor(settings.std, device=device)
         self._turns: Tensor | None = None
         if sizes.rotary:
-            self._turns = rotary_turns_2d(sizes.grid, width // sizes.num_heads, sizes.rope_scale).to(device)
-            assert len(self._turns) == 1 + sizes.grid**2
+            turns = rotary_turns_2d(sizes.grid, width // sizes.num_heads, sizes.rope_scale)
+            assert len(turns) == 1 + sizes.grid**2
+            _check_turns(weights, turns[1:])
+            self._turns = turns.to(device)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         sizes = self._sizes

@@ -6,10 +6,12 @@ precisions), so what is wanted is named, not what is unwanted.
 
 from __future__ import annotations
 
+import json
 import mmap
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from embedserve.models.config import HEADS
 from embedserve.models.errors import CheckpointError
@@ -26,6 +28,8 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = f"{WEIGHTS}.index.json"
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = f"{PICKLE}.index.json"
+# An index has about 100 bytes a tensor.
+_MAX_INDEX_BYTES = 64 << 20
 
 # By folder, the first that has any counts. jina-clip has a graph for each tower.
 _GRAPHS = {
@@ -112,15 +116,40 @@ def pickles(names: Iterable[str]) -> list[str]:
 
 def shards_of(index: Path) -> dict[str, str]:
     """Read an index of shards: tensor name → plain file name. Raises CheckpointError."""
-    content = load_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if (
-        not isinstance(weight_map, dict)
-        or not weight_map
-        or not all(isinstance(file, str) and is_plain(file) and "/" not in file for file in weight_map.values())
-    ):
-        raise CheckpointError(f"{index}: field 'weight_map' must map each tensor to a plain file name; get it again")
+    try:
+        with index.open("rb") as opened:
+            raw = opened.read(_MAX_INDEX_BYTES)
+        weight_map = json.loads(raw, object_pairs_hook=_unique)["weight_map"]
+    except _TwiceError as error:
+        raise CheckpointError(f"{index}: names {error.name!r} twice; copy the file again") from error
+    except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
+        raise CheckpointError(f"{index}: not a JSON object with a field 'weight_map'; copy the file again") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: field 'weight_map' must map each tensor to a file name; copy the file again")
+    for file in weight_map.values():
+        if not isinstance(file, str) or not is_plain(file) or "/" in file:
+            raise CheckpointError(
+                f"{index}: field 'weight_map' names {file!r}; expected the plain name of a file in the folder"
+            )
     return weight_map
+
+
+class _TwiceError(Exception):
+    """A JSON object has two fields of one name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; json.loads alone would keep the last of two fields with one name, and not say so."""
+    names: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in names:
+            raise _TwiceError(name)
+        names[name] = value
+    return names
 
 
 def is_plain(name: str) -> bool:

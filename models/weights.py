@@ -6,7 +6,6 @@ Never a pickle: a `.bin` checkpoint can run code when it is read, so it is refus
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import re
@@ -20,14 +19,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from embedserve.models.errors import CheckpointError
+from embedserve.models.layout import PICKLE, PICKLE_INDEX, WEIGHTS, WEIGHTS_INDEX, shards_of
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # As safetensors names them.
 _FLOATS = ("F32", "F16", "BF16", "F64")
-# An index has about 100 bytes a tensor.
-_MAX_INDEX_BYTES = 64 << 20
 # Bytes from which on the C library, too, asks the kernel for memory, as long as nothing was given back.
 _LARGE = 128 << 10
 
@@ -81,7 +76,8 @@ class Weights:
             names = set(handle.keys())
         if expected is not None and (missing := sorted(expected - names)):
             raise CheckpointError(
-                f"{file}: tensor {missing[0]!r} is missing though {_INDEX} places it here; copy the checkpoint again"
+                f"{file}: tensor {missing[0]!r} is missing though {WEIGHTS_INDEX} places it here; copy the checkpoint "
+                "again"
             )
         for name in names:
             if name in self._source:
@@ -196,44 +192,31 @@ def _opened(file: Path) -> Any:
 
 def _files(folder: Path) -> Mapping[Path, set[str] | None]:
     """The safetensors files of a checkpoint, each with the tensors that the index promises in it."""
-    if (folder / _SINGLE).is_file():
-        return {folder / _SINGLE: None}
-    index = folder / _INDEX
+    if (folder / WEIGHTS).is_file():
+        return {folder / WEIGHTS: None}
+    index = folder / WEIGHTS_INDEX
     if index.is_file():
         return _shards(index)
-    pickles = [name for name in _PICKLES if (folder / name).is_file()]
+    pickles = [name for name in (PICKLE, PICKLE_INDEX) if (folder / name).is_file()]
     if pickles:
         raise CheckpointError(
             f"{folder / pickles[0]}: a pickle can run code when it is read, so only safetensors are loaded; convert it "
             f"with `embedserve convert {folder}`, which runs nothing in it"
         )
-    raise CheckpointError(f"{folder}: neither {_SINGLE} nor {_INDEX} is there; copy the checkpoint's weights too")
+    raise CheckpointError(
+        f"{folder}: neither {WEIGHTS} nor {WEIGHTS_INDEX} is there; copy the checkpoint's weights too"
+    )
 
 
 def _shards(index: Path) -> Mapping[Path, set[str] | None]:
-    try:
-        with index.open("rb") as opened:
-            raw = opened.read(_MAX_INDEX_BYTES)
-        weight_map = json.loads(raw, object_pairs_hook=_unique)["weight_map"]
-    except _TwiceError as error:
-        raise CheckpointError(f"{index}: names {error.name!r} twice; copy the file again") from error
-    except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
-        raise CheckpointError(f"{index}: not a JSON object with a field 'weight_map'; copy the file again") from error
-    if (
-        not isinstance(weight_map, dict)
-        or not weight_map
-        or not all(isinstance(file, str) for file in weight_map.values())
-    ):
-        raise CheckpointError(f"{index}: field 'weight_map' must map each tensor to a file name; copy the file again")
-    shards: dict[Path, set[str] | None] = {}
     promised: dict[str, set[str]] = {}
-    for tensor, file in weight_map.items():
+    for tensor, file in shards_of(index).items():
         promised.setdefault(file, set()).add(tensor)
+    shards: dict[Path, set[str] | None] = {}
     for file, tensors in sorted(promised.items()):
-        if Path(file).name != file or not file.endswith(".safetensors"):
+        if not file.endswith(".safetensors"):
             raise CheckpointError(
-                f"{index}: field 'weight_map' names {file!r}; expected the plain name of a .safetensors file "
-                "in the folder"
+                f"{index}: field 'weight_map' names {file!r}; expected the plain name of a .safetensors file"
             )
         if not (index.parent / file).is_file():
             raise CheckpointError(
@@ -241,21 +224,3 @@ def _shards(index: Path) -> Mapping[Path, set[str] | None]:
             )
         shards[index.parent / file] = tensors
     return shards
-
-
-class _TwiceError(Exception):
-    """A JSON object has two fields of one name."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.name = name
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; json.loads alone would keep the last of two fields with one name, and not say so."""
-    names: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in names:
-            raise _TwiceError(name)
-        names[name] = value
-    return names

@@ -24,11 +24,7 @@ def table(models_dir: Path | None) -> str:
     rows = [_HEAD, *(_row(entry, _folder(entry, models_dir)) for entry in CATALOG)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    remarks = [
-        f"{entry.id}: unverified until its self-test has passed: {entry.unverified}"
-        for entry in CATALOG
-        if entry.unverified
-    ]
+    remarks = [f"{entry.id}: unverified: {entry.unverified}" for entry in CATALOG if entry.unverified]
     notes = [
         "Dimensions such as 32-1024: vectors may be cut to any of these sizes. "
         "Folders of other models are served too: `embedserve serve --model FOLDER`.",

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from embedserve.kernels import heads, pooling
 from embedserve.models import registry
+from embedserve.models.architecture import ForeignArchitecture
 from embedserve.models.backend import Backend
 from embedserve.models.batch import Ints, PackedBatch, PackedRows
 from embedserve.models.config import ModelConfig, read_config
@@ -147,7 +148,7 @@ class Runner:
         started = time.perf_counter()
         with torch.inference_mode():
             loaded = registry.backend(name)(config, place, kind)
-            heads = {} if loaded.pools else load_heads(config, place, kind)
+            heads = {} if loaded.pools else load_heads(config, place, loaded.dtype)
         if missing := set(config.outputs) - {"dense", *heads}:
             raise CheckpointError(
                 f"{folder}: the {name} backend's graph pools by itself and gives no token states, which "
@@ -191,13 +192,17 @@ class Runner:
             pooled = states.float()
         else:
             pooled = pooling.pool(states, batch.layout.cu_seqlens, self._config.pooling)
-        wanted = None if outputs is None else wants(outputs, "dense")
-        arrays, finite = self._finish(pooled, cut, dimensions, wanted, rows.order)
-        if outputs is not None:
-            if bool(wants(outputs, "sparse").any()):
-                arrays |= self._sparse(states, batch, wants(outputs, "sparse"), finite)
-            if bool(wants(outputs, "colbert").any()):
-                arrays |= self._colbert(states, batch, wants(outputs, "colbert"), finite)
+        vectors, finite = self._finish(pooled, cut, dimensions)
+        vectors, finite = rows.restore(vectors), rows.restore(finite)
+        if outputs is None:
+            return Embedded({"dense": Rows.of_matrix(vectors, dimensions)}, finite)
+        dense = wants(outputs, "dense")
+        finite |= ~dense
+        arrays = {"dense": Rows.of_matrix(vectors, np.where(dense, dimensions, 0).astype(np.int32))}
+        if bool(wants(outputs, "sparse").any()):
+            arrays |= self._sparse(states, batch, wants(outputs, "sparse"), finite)
+        if bool(wants(outputs, "colbert").any()):
+            arrays |= self._colbert(states, batch, wants(outputs, "colbert"), finite)
         return Embedded(arrays, finite)
 
     @torch.inference_mode()
@@ -219,30 +224,20 @@ class Runner:
         cut = self._cut(dimensions)
         there = None if cut is None else torch.from_numpy(cut.copy()).to(self._device)
         pooled = self._backend.images(host.to(self._device)).float()
-        arrays, finite = self._finish(pooled, there, dimensions, None, np.arange(rows))
-        return Embedded(arrays, finite)
+        vectors, finite = self._finish(pooled, there, dimensions)
+        return Embedded({"dense": Rows.of_matrix(vectors, dimensions)}, finite)
 
     def _cut(self, dimensions: Ints) -> Ints | None:
         """The dimensions, or None where no row is cut."""
         return None if int(dimensions.min()) == self._config.dimension else dimensions
 
-    def _finish(
-        self,
-        pooled: Tensor,
-        cut: Tensor | None,
-        dimensions: Ints,
-        wanted: Flags | None,
-        order: npt.NDArray[np.int64],
-    ) -> tuple[dict[str, Rows], Flags]:
-        """Cut, normalise, check, and bring back into the caller's order, in which dimensions and wanted are."""
+    def _finish(self, pooled: Tensor, cut: Tensor | None, dimensions: Ints) -> tuple[Floats, Flags]:
+        """Cut, normalise, check: vectors float32 [rows, max(dimensions)] on the host, and which are finite."""
         vectors, finite = pooling.finish(pooled, cut, normalize=self._config.normalize)
         # The first copy waits for the device; the second finds it done.
-        there: Floats = vectors[:, : int(dimensions.max())].cpu().numpy()
-        host, flags = np.empty_like(there), np.empty(len(there), dtype=np.bool_)
-        host[order], flags[order] = there, finite.cpu().numpy()
-        if wanted is None:
-            return {"dense": Rows.of_matrix(host, dimensions)}, flags
-        return {"dense": Rows.of_matrix(host, np.where(wanted, dimensions, 0).astype(np.int32))}, flags | ~wanted
+        host: Floats = vectors[:, : int(dimensions.max())].cpu().numpy()
+        flags: Flags = finite.cpu().numpy()
+        return host, flags
 
     def _sparse(self, states: Tensor, batch: PackedBatch, wanted: Flags, finite: Flags) -> dict[str, Rows]:
         """bge-m3's weights of the rows that want them; clears `finite` where they are not."""
@@ -315,9 +310,13 @@ class Runner:
             self._probe(_SMALLEST_BATCH)
         else:
             self._measure(progress)
+        full = np.array([self._config.dimension], np.int32)
+        if self._config.outputs != ("dense",):
+            every = np.array([output_bits(self._config.outputs)], np.int32)
+            self.run(np.zeros(2, np.int32), np.array([2], np.int32), full, every)
         if self._config.images is not None:
             size = self._config.images.size
-            self.run_images(np.zeros(size * size * 3, np.uint8), np.array([self._config.dimension], np.int32))
+            self.run_images(np.zeros(size * size * 3, np.uint8), full)
 
     def _measure(self, progress: Callable[[str], None]) -> None:
         """Run batches of growing size, and take the smallest within 3 % of the best rate, among those that run in about
@@ -405,17 +404,25 @@ def _pick_device(asked: str) -> torch.device:
     return torch.device("cuda", int(index or 0))
 
 
+# Activations of these grow beyond float16's range, and vectors would hold infinities.
+_OVERFLOWING = ("qwen3", "gemma")
+# bfloat16 in hardware begins with Ampere.
+_AMPERE = (8, 0)
+
+
 def _pick_dtype(asked: str, device: torch.device, config: ModelConfig, progress: Callable[[str], None]) -> torch.dtype:
-    # Activations of these grow beyond float16's range, and vectors would hold infinities.
-    overflows = config.family == "qwen3" or config.stored_dtype == "bfloat16"
+    architecture = config.architecture
+    kind = architecture.model_type if isinstance(architecture, ForeignArchitecture) else config.family
+    overflows = kind.startswith(_OVERFLOWING)
+    has_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= _AMPERE
     if asked == "auto":
         if device.type == "cpu":
             return torch.float32
-        if not overflows:
+        if not overflows and config.stored_dtype != "bfloat16":
             return torch.float16
-        if torch.cuda.is_bf16_supported(including_emulation=False):
+        if has_bfloat16:
             return torch.bfloat16
-        progress(f"{_device_name(device)} has no bfloat16 and the model overflows float16: it runs in float32, slower")
+        progress(f"{_device_name(device)} has no bfloat16 and the model may overflow float16: float32, which is slower")
         return torch.float32
     if asked not in _DTYPES:
         raise DeviceError(f"dtype {asked!r} is unknown; expected auto, {', '.join(_DTYPES)}")
@@ -425,9 +432,9 @@ def _pick_dtype(asked: str, device: torch.device, config: ModelConfig, progress:
             f"dtype {asked} on the CPU is not supported: it is slower than float32 there and less exact; use "
             "float32 or auto"
         )
-    if dtype == torch.float16 and config.family == "qwen3":
+    if dtype == torch.float16 and overflows:
         raise DeviceError("dtype float16: activations of this model overflow it; use bfloat16, float32 or auto")
-    if dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if dtype == torch.bfloat16 and not has_bfloat16:
         raise DeviceError(f"dtype bfloat16: {_device_name(device)} has none; use float16 or float32")
     return dtype
 

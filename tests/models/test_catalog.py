@@ -277,3 +277,8 @@ def test_front_ends_get_the_configuration_without_torch() -> None:
     )
     done = run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": ".typing"})
     assert done.stdout.strip() == "[]"
+
+
+def test_a_model_of_another_size_is_not_the_known_one(minilm: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"384 components.*has 1024"):
+        configure(minilm, "BAAI/bge-large-en-v1.5")

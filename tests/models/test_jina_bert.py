@@ -220,6 +220,12 @@ def test_every_tensor_is_needed_and_no_other_taken(checkpoint: Checkpoint, varia
             load(checkpoint({**tensors, extra: torch.ones(60, 96)}))
 
 
+def test_a_query_norm_without_a_key_norm_is_refused(checkpoint: Checkpoint) -> None:
+    tensors = {name: tensor for name, tensor in random_tensors("C").items() if "layer_norm_k" not in name}
+    with pytest.raises(CheckpointError, match="layer_norm_k"):
+        load(checkpoint(tensors))
+
+
 PLAIN = {"architectures": ["BertModel"], "position_embedding_type": None, "feed_forward_type": None, "emb_pooler": None}
 
 

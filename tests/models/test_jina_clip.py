@@ -126,11 +126,29 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
         }
         (tmp_path / "config.json").write_text(json.dumps(fields))
         texts = flash_names(random_tensors("A", **kwargs))
-        unused = {"logit_scale": torch.tensor(2.6592), "vision_model.rope.freqs_cos": torch.ones(16, 8)}
+        unused = {"logit_scale": torch.tensor(2.6592)}
         save_file({**texts, **unused, **images}, tmp_path / "model.safetensors")
         return tmp_path
 
     return write
+
+
+def rotary_tables(grid: int, head_dim: int) -> dict[str, Tensor]:
+    """Cosines and sines [grid², head_dim] as the author's code stores them, from the description."""
+    half = head_dim // 2
+    frequencies = [10000 ** (-2 * j / half) for j in range(half // 2) for _ in range(2)]
+    angles = torch.tensor(
+        [[p * f for p in (row, column) for f in frequencies] for row in range(grid) for column in range(grid)]
+    )
+    return {"vision_model.rope.freqs_cos": angles.cos(), "vision_model.rope.freqs_sin": angles.sin()}
+
+
+def test_rotary_tables_in_the_file_are_compared_with_ours(checkpoint: Checkpoint) -> None:
+    tables = rotary_tables(4, 8)
+    load(checkpoint({**random_vision(), **tables}))
+    swapped = {name: table.roll(4, dims=1) for name, table in tables.items()}
+    with pytest.raises(CheckpointError, match="freqs_cos"):
+        load(checkpoint({**random_vision(), **swapped}))
 
 
 def random_pixels(count: int, size: int = 20) -> Tensor:

@@ -144,7 +144,7 @@ def test_untrained_weights_are_told_without_a_published_value(
 def test_a_model_of_which_nothing_is_published_says_so(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     status, out = run(capsys, f"private={folder}")
     assert status == 0
-    assert "Nothing published of this model is known here" in out
+    assert "Nothing published of its vectors is known here" in out
     assert "private: 7 checks passed, 0 failed." in out
 
 
@@ -256,7 +256,8 @@ class Published(LoadedModel):
     """A bge-m3 that has the sparse weights of the README, vectors that are easy to multiply, and no weights."""
 
     def __init__(self, minilm: LoadedModel, weights: dict[str, dict[int, float]]) -> None:
-        self.model, self.info, self._weights = minilm.model, minilm.info, weights
+        config = replace(minilm.model.config, outputs=("dense", "sparse", "colbert"))
+        self.model, self.info, self._weights = replace(minilm.model, config=config), minilm.info, weights
 
     def dense(self, texts: Sequence[str], **fields: Any) -> Any:
         return np.array([[0.6, 0.8], [1.0, 0.0]], dtype=np.float32)[: len(texts)]
@@ -300,14 +301,14 @@ def test_sparse_weights_go_by_the_decoded_token(minilm: LoadedModel, monkeypatch
 def test_bge_m3s_checks_run_through_all_three_outputs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Random weights under the name of bge-m3: consistent, and wrong in everything that is published."""
     torch.manual_seed(1)
-    sizes = {"vocab_size": 64, "hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes = {"vocab_size": 64, "hidden_size": 1024, "num_hidden_layers": 1, "num_attention_heads": 16}
     architecture = XLMRobertaConfig(
         **sizes, intermediate_size=96, max_position_embeddings=8194, type_vocab_size=1, layer_norm_eps=1e-5,
         bos_token_id=0, pad_token_id=1, eos_token_id=2, architectures=["XLMRobertaModel"],
     )  # fmt: skip
     XLMRobertaModel(architecture, add_pooling_layer=False).save_pretrained(tmp_path)
-    for name, outputs in (("sparse", 1), ("colbert", 48)):
-        tensors = {"weight": torch.randn(outputs, 48), "bias": torch.randn(outputs)}
+    for name, outputs in (("sparse", 1), ("colbert", 1024)):
+        tensors = {"weight": torch.randn(outputs, 1024), "bias": torch.randn(outputs)}
         save_file(tensors, tmp_path / f"{name}_linear.safetensors")
     words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "is": 4, "What": 5, "BGE": 6, "water": 7, "Water": 8}
     tokenizer = tokenizers.Tokenizer(WordLevel(words, unk_token="<unk>"))
@@ -323,6 +324,15 @@ def test_bge_m3s_checks_run_through_all_three_outputs(capsys: pytest.CaptureFixt
     assert "FAIL  cosines of 2 queries and 2 documents, the first 'What is BGE M3?'" in lines
     assert "pass  each text alone, and in a batch: largest difference" in lines
     assert "pass  8200 words cut to 8192 tokens by END: number, special tokens around" in lines
+    assert "pass  sparse weights of each text alone, and in a batch: largest difference" in lines
+    assert "pass  multi-vectors of each text alone, and in a batch: largest difference" in lines
+
+    (tmp_path / "sparse_linear.safetensors").unlink()
+    _, out = run(capsys, f"BAAI/bge-m3={tmp_path}")
+    lines = out.splitlines()
+    assert "skip  published values of the output sparse" in lines
+    assert "FAIL  multi-vector scores of 2 queries and 2 documents, the first 'What is BGE M3?'" in lines
+    assert "pass  each text alone, and in a batch: largest difference" in lines
 
 
 # ------------------------------------------------------------------------------------------------------------ the data
