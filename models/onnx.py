@@ -286,6 +286,7 @@ class _Graph:
             raise CheckpointError(
                 f"{file}: ONNX Runtime {runtime.__version__} cannot load the graph ({_first_line(error)}); copy it "
                 "again with the data files beside it, or make it with `embedserve export MODEL --to onnx`"
+                + ("; with --dtype float32 the other graph is used" if file.stem.endswith("_fp16") else "")
             ) from error
         if self._stream is not None and self._session.get_providers()[0] != "CUDAExecutionProvider":
             raise BackendError(
