@@ -425,7 +425,8 @@ _OFFSET_BY_PADDING = frozenset(
 def _read_foreign(values: JsonFile) -> ForeignArchitecture:
     model_type = values.string("model_type") or ""
     # Models of several towers keep the text's settings apart.
-    sizes = values if any(name in values.values for name in _WIDTHS) else values.child("text_config")
+    own = any(name in values.values for name in _WIDTHS) or "text_config" not in values.values
+    sizes = values if own else values.child("text_config")
     width = next((name for name in _WIDTHS if name in sizes.values), "hidden_size")
     length = next((name for name in _LENGTHS if name in sizes.values), None)
     # T5 and its kin have relative positions, and no limit of their own.

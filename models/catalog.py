@@ -16,6 +16,7 @@ from typing import Any
 
 from embedserve.models.config import DimensionRange, ModelConfig, Pooling, read_config, refuse_excluded_prompts
 from embedserve.models.errors import CheckpointError, ModelNotFoundError
+from embedserve.models.files import present
 
 
 @dataclass(frozen=True)
@@ -392,7 +393,7 @@ def _is_plain(name: str) -> bool:
 
 
 def _checkpoint(folder: Path, looked: list[str]) -> Path | None:
-    if (folder / "modules.json").is_file() or (folder / "config.json").is_file():
+    if present(folder / "modules.json") or present(folder / "config.json"):
         return folder
     looked.append(f"{folder} (no config.json in it)" if folder.is_dir() else str(folder))
     return None

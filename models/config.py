@@ -23,9 +23,13 @@ from embedserve.models.architecture import (
     read_architecture,
 )
 from embedserve.models.errors import CheckpointError
+from embedserve.models.files import present
 from embedserve.models.json_file import JsonFile, is_integer, kind_of, load_json
 
 Pooling = Literal["cls", "mean", "max", "last"]
+
+MAX_PROMPT_CHARACTERS = 8192
+"""It is put before each of a request's texts, so its length counts as often."""
 
 
 @dataclass(frozen=True)
@@ -161,10 +165,15 @@ def read_config(folder: Path) -> ModelConfig:
         raise CheckpointError(f"{folder}: no such folder; expected one with config.json and model.safetensors")
     modules = _read_modules(folder)
     weights_folder = modules.transformer
-    if (weights_folder / "adapter_config.json").exists():
+    if present(weights_folder / "adapter_config.json"):
         raise CheckpointError(
             f"{weights_folder / 'adapter_config.json'}: adapters are not supported; merge it into the model "
             "(merge_and_unload of peft) and serve the result"
+        )
+    if not present(weights_folder / "config.json") and weights_folder == folder:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: the file is missing; copy the whole checkpoint folder. A folder of several "
+            "models is named with --models-dir, and the models in it with --model"
         )
     values = JsonFile.read(weights_folder / "config.json")
     architecture = read_architecture(values)
@@ -216,7 +225,7 @@ def _read_modules(folder: Path) -> _Modules:
     if _is_jina_clip(folder):
         # Its modules.json names code of the checkpoint's own, which pools the mean and normalises.
         return _Modules(transformer=folder, normalize=True)
-    if not path.exists():
+    if not present(path):
         return _Modules(transformer=folder, assumed=frozenset({"pooling", "normalize"}))
     entries = load_json(path)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -240,7 +249,7 @@ def _read_modules(folder: Path) -> _Modules:
 
 def _is_jina_clip(folder: Path) -> bool:
     path = folder / "config.json"
-    return path.exists() and JsonFile.read(path).get("model_type") == "jina_clip"
+    return present(path) and JsonFile.read(path).get("model_type") == "jina_clip"
 
 
 def _read_module(path: Path, entry: dict[str, Any]) -> tuple[str, Path]:
@@ -318,21 +327,21 @@ def _read_heads(folder: Path, values: JsonFile, architecture: Architecture) -> d
     """Outputs of bge-m3 besides the dense one, by the files that are there."""
     if not isinstance(architecture, BertArchitecture):
         return {}
-    present = [output for output, (file, _) in HEADS.items() if (folder / file).is_file()]
+    found = [output for output, (file, _) in HEADS.items() if present(folder / file)]
     for output, (file, pickle) in HEADS.items():
-        if output not in present and (folder / pickle).is_file():
+        if output not in found and present(folder / pickle):
             raise CheckpointError(
                 f"{folder / pickle}: a pickle can run code when it is read, so only safetensors are loaded, and "
                 f"without {file} the {output} output would be missing; run `embedserve convert {folder}`"
             )
-    if not present:
+    if not found:
         return {}
     last = architecture.vocab_size - 1
     named = [
         values.integer(name, 0, last, default=default)
         for name, default in (("bos_token_id", 0), ("pad_token_id", 1), ("eos_token_id", 2))
     ]
-    return {"outputs": ("dense", *present), "ignored_token_ids": (*named, _XLM_ROBERTA_UNKNOWN)}
+    return {"outputs": ("dense", *found), "ignored_token_ids": (*named, _XLM_ROBERTA_UNKNOWN)}
 
 
 def _read_image_settings(folder: Path, architecture: Architecture) -> ImageSettings | None:
@@ -413,7 +422,7 @@ _HARMLESS_MODEL_ARGS = frozenset(
 
 def _read_text_settings(folder: Path, max_positions: int) -> dict[str, Any]:
     """max_tokens and do_lower_case, from the first sentence_*_config.json that is there."""
-    path = next((folder / name for name in _SENTENCE_FILES if (folder / name).exists()), folder / _SENTENCE_FILES[0])
+    path = next((folder / name for name in _SENTENCE_FILES if present(folder / name)), folder / _SENTENCE_FILES[0])
     values = JsonFile.read_optional(path)
     values.refuse_unknown(_SENTENCE_FIELDS, "this field is unknown, so vectors might differ")
     values.refuse("transformer_task", ["feature-extraction"], "supported is feature-extraction")
@@ -480,6 +489,11 @@ def _read_sentence_settings(folder: Path, hidden: int, include_prompt: bool) -> 
     if not isinstance(raw, dict) or not all(text is None or isinstance(text, str) for text in raw.values()):
         values.fail("prompts", raw, "expected an object of strings")
     prompts = {name: text or "" for name, text in raw.items()}
+    for name, text in prompts.items():
+        if len(text) > MAX_PROMPT_CHARACTERS:
+            values.fail(f"prompts.{name}", text, f"expected at most {MAX_PROMPT_CHARACTERS} characters")
+        if not _is_unicode(name + text):
+            values.fail(f"prompts.{name}", text, "expected text without lone surrogates")
     if not include_prompt:
         refuse_excluded_prompts(prompts, str(values.path))
     default = values.string("default_prompt_name")
@@ -493,6 +507,14 @@ def _read_sentence_settings(folder: Path, hidden: int, include_prompt: bool) -> 
         "default_dimension": min(dimension, hidden),
         "assumed": frozenset() if any(prompts.values()) else frozenset({"prompts"}),
     }
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def refuse_excluded_prompts(prompts: Mapping[str, str], source: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from embedserve.models.errors import CheckpointError
+from embedserve.models.files import present, read_file
 
 # Larger than any configuration of a model, smaller than a weight file that got a wrong name.
 _MAX_BYTES = 8 << 20
@@ -36,7 +37,7 @@ class JsonFile:
     @classmethod
     def read_optional(cls, path: Path) -> JsonFile:
         """Read a file; one that is not there counts as an empty object."""
-        return cls.read(path) if path.exists() else cls(path, {})
+        return cls.read(path) if present(path) else cls(path, {})
 
     def fail(self, name: str, found: object, expected: str) -> NoReturn:
         """Raise CheckpointError about a field."""
@@ -103,15 +104,7 @@ class JsonFile:
 
 def load_json(path: Path) -> Any:
     """Parse a file of at most 8 MiB. Raises CheckpointError."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(_MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: the file is missing; copy the whole checkpoint folder") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-    if len(raw) > _MAX_BYTES:
-        raise CheckpointError(f"{path}: larger than {_MAX_BYTES >> 20} MiB, which no configuration is; copy it again")
+    raw = read_file(path, _MAX_BYTES)
     try:
         return json.loads(raw)
     except (ValueError, RecursionError) as error:

@@ -252,5 +252,7 @@ def _check_states(model: Any, config: ModelConfig) -> None:
 
 def _first_line(error: Exception) -> str:
     """What an error says, without the advice that follows."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # A line that ends so announces the next.
+    said = " ".join(lines[:2]) if lines and lines[0].endswith(":") else (lines or [type(error).__name__])[0]
+    return said[:300]

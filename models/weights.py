@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from embedserve.models.errors import CheckpointError
+from embedserve.models.files import open_file, present
 from embedserve.models.layout import PICKLE, PICKLE_INDEX, WEIGHTS, WEIGHTS_INDEX, shards_of
 
 # As safetensors names them.
@@ -182,6 +183,8 @@ class Parameters:
 
 def _opened(file: Path) -> Any:
     """The safetensors file, mapped; a context manager. Its tensors outlive it."""
+    # For its errors: the library says of a file that may not be read that there is none, and waits for a pipe.
+    open_file(file).close()
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
@@ -192,12 +195,12 @@ def _opened(file: Path) -> Any:
 
 def _files(folder: Path) -> Mapping[Path, set[str] | None]:
     """The safetensors files of a checkpoint, each with the tensors that the index promises in it."""
-    if (folder / WEIGHTS).is_file():
+    if present(folder / WEIGHTS):
         return {folder / WEIGHTS: None}
     index = folder / WEIGHTS_INDEX
-    if index.is_file():
+    if present(index):
         return _shards(index)
-    pickles = [name for name in (PICKLE, PICKLE_INDEX) if (folder / name).is_file()]
+    pickles = [name for name in (PICKLE, PICKLE_INDEX) if present(folder / name)]
     if pickles:
         raise CheckpointError(
             f"{folder / pickles[0]}: a pickle can run code when it is read, so only safetensors are loaded; convert it "
@@ -218,7 +221,7 @@ def _shards(index: Path) -> Mapping[Path, set[str] | None]:
             raise CheckpointError(
                 f"{index}: field 'weight_map' names {file!r}; expected the plain name of a .safetensors file"
             )
-        if not (index.parent / file).is_file():
+        if not present(index.parent / file):
             raise CheckpointError(
                 f"{index.parent / file}: this shard of the weights is missing; copy the checkpoint again"
             )

@@ -36,6 +36,9 @@ _PULL_LEAD = 0.003
 _STUCK_AFTER = 60.0
 """Seconds, beyond ten times its estimate, after which a running batch counts as hung."""
 
+_STUCK_AT_FIRST = 600.0
+"""The same where there is no estimate: the first batch may be a book on a slow CPU."""
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -65,19 +68,40 @@ class _Batch:
         return int(self.lengths.sum(dtype=np.int64))
 
 
-class _Estimate:
-    """How long a batch will run, by what a token has cost lately."""
+class _Estimates:
+    """How long a batch will run, by what a token has cost lately in batches of like texts.
+
+    Apart by model, by modality, and by the length of the longest text, for attention costs its square: a token of a
+    text of 8192 costs many times what one of a short text does.
+    """
 
     def __init__(self) -> None:
-        self._seconds_per_token: float | None = None
+        self._seconds_per_token: dict[tuple[str, str, int], float] = {}
 
-    def seconds(self, tokens: int) -> float | None:
-        """None before the first batch."""
-        return None if self._seconds_per_token is None else self._seconds_per_token * tokens
+    def seconds(self, batch: _Batch) -> float | None:
+        """None before the first batch of its kind."""
+        cost = self._seconds_per_token.get(_kind(batch))
+        return None if cost is None else cost * batch.tokens
 
-    def learn(self, tokens: int, seconds: float) -> None:
-        sample, known = seconds / tokens, self._seconds_per_token
-        self._seconds_per_token = sample if known is None else 0.8 * known + 0.2 * sample
+    def at_most(self, batch: _Batch) -> float | None:
+        """A bound for a batch of any kind: shorter texts' cost, as if all of it grew with the length. None at first."""
+        model, modality, length = _kind(batch)
+        shorter = [
+            cost * 2 ** (length - other[2])
+            for other, cost in self._seconds_per_token.items()
+            if other[:2] == (model, modality) and other[2] <= length
+        ]
+        return max(shorter) * batch.tokens if shorter else None
+
+    def learn(self, batch: _Batch, seconds: float) -> None:
+        kind, sample = _kind(batch), seconds / batch.tokens
+        known = self._seconds_per_token.get(kind)
+        self._seconds_per_token[kind] = sample if known is None else 0.8 * known + 0.2 * sample
+
+
+def _kind(batch: _Batch) -> tuple[str, str, int]:
+    """Texts are alike where their longest is within a factor of two."""
+    return batch.run.model, batch.run.modality, int(batch.lengths.max()).bit_length()
 
 
 class Engine:
@@ -90,7 +114,7 @@ class Engine:
         self._bound: deque[_Batch] = deque()
         self._running: _Batch | None = None
         self._running_since = 0.0
-        self._estimates: dict[tuple[str, str], _Estimate] = {}
+        self._estimates = _Estimates()
         self._pulled = False
         """Whether a batch was asked for that has not come."""
         self._spent = False
@@ -119,8 +143,9 @@ class Engine:
         """Whether only another process can go on: the device is spent, or the batch runs for far too long."""
         if self._running is None or self._spent:
             return self._spent
-        expected = self._estimate_of(self._running).seconds(self._running.tokens)
-        return time.monotonic() - self._running_since > _STUCK_AFTER + 10 * (expected or 0.0)
+        expected = self._estimates.at_most(self._running)
+        allowed = _STUCK_AT_FIRST if expected is None else _STUCK_AFTER + 10 * expected
+        return time.monotonic() - self._running_since > allowed
 
     def _on_close(self, connection: wire.FramedConnection) -> None:
         # The broker has put these back into its queue, or has died with it.
@@ -147,12 +172,9 @@ class Engine:
         self._running_since = time.monotonic()
         loop = asyncio.get_running_loop()
         done = loop.run_in_executor(self._device, self._run, batch)
-        estimate = self._estimate_of(batch).seconds(batch.tokens)
+        estimate = self._estimates.seconds(batch)
         pull = None if estimate is None else loop.call_later(max(0.0, estimate - _PULL_LEAD), self._pull)
         done.add_done_callback(lambda future: self._finish(batch, pull, future))
-
-    def _estimate_of(self, batch: _Batch) -> _Estimate:
-        return self._estimates.setdefault((batch.run.model, batch.run.modality), _Estimate())
 
     def _run(self, batch: _Batch) -> tuple[Embedded, float]:
         """In the device thread."""
@@ -185,7 +207,7 @@ class Engine:
             self._spent = self._spent or (on_gpu and not isinstance(error, BatchError))
             answer = wire.BatchFailed(batch.run.batch)
         else:
-            self._estimate_of(batch).learn(batch.tokens, seconds)
+            self._estimates.learn(batch, seconds)
             not_finite = np.flatnonzero(~embedded.finite).tolist()
             padded = self._runners[batch.run.model].info.cost == "padded"
             computed = len(batch.lengths) * int(batch.lengths.max()) if padded else batch.tokens

@@ -244,9 +244,10 @@ class InternalError(APIError):
         super().__init__(f"{message} If it stays, tell whoever runs this server the request id {request_id}.")
 
 
-def invalid_input() -> InvalidRequestError:
-    """`input` is empty, or of a type that is none of those accepted."""
-    return InvalidRequestError(f"'$.input' is invalid. Please check the API reference: {API_REFERENCE}.")
+def invalid_input(reason: str = "") -> InvalidRequestError:
+    """`input` is empty, or of a type that is none of those accepted; `reason` says more where that helps."""
+    message = f"'$.input' is invalid. Please check the API reference: {API_REFERENCE}."
+    return InvalidRequestError(f"{message} {reason}".rstrip())
 
 
 def text_too_long(index: int, tokens: int, limit: int) -> InvalidRequestError:

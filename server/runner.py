@@ -304,6 +304,7 @@ class Runner:
         """Let the model answer for the first time: allocators and libraries settle, a broken device shows.
 
         `info.max_batch_tokens` becomes the given number, or the one that is measured; which takes a second or two.
+        Raises CheckpointError if no vector is finite.
         """
         if max_batch_tokens is not None:
             self._max_batch_tokens = max_batch_tokens
@@ -357,7 +358,12 @@ class Runner:
         fastest = float("inf")
         for _ in range(3):
             started = time.perf_counter()
-            self.run(ids, lengths, dimensions)
+            finite = self.run(ids, lengths, dimensions).finite
+            if not finite.any():
+                raise CheckpointError(
+                    f"{self._config.folder}: every vector that the model gives holds a NaN or an infinity; its weights "
+                    "are damaged, or its activations overflow the dtype: try --dtype float32"
+                )
             fastest = min(fastest, time.perf_counter() - started)
         return fastest
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from embedserve.models.config import DimensionRange
+from embedserve.models.config import MAX_PROMPT_CHARACTERS, DimensionRange
 from embedserve.server.errors import InvalidRequestError, invalid_input, request_too_long
 from embedserve.server.served import ServedModel, ServedModels
 from embedserve.server.tokenizer import Truncate
@@ -29,9 +29,6 @@ INPUT_TYPES = {
 """What a request may call an input type → the name of its prompt."""
 
 MAX_TOKEN_ID = (1 << 31) - 1
-
-MAX_PROMPT_CHARACTERS = 8192
-"""It is put before each of the texts, so its length counts as often."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +157,20 @@ def _input(value: Any, model: ServedModel, limit: int, max_tokens: int) -> Input
         return Inputs(token_arrays=value)
     if any(isinstance(item, dict) for item in value) and all(isinstance(item, dict | str) and item for item in value):
         return _objects(value, model)
-    raise invalid_input()
+    raise invalid_input(_first_wrong(value))
+
+
+def _first_wrong(items: list[Any]) -> str:
+    """Which input is empty or of another kind than the first."""
+    kinds: tuple[type, ...] = (list,) if isinstance(items[0], list) else (str, dict)
+    for index, item in enumerate(items):
+        if not isinstance(item, kinds):
+            return f"(input[{index}] is {_kind(item)}.)"
+        if not item:
+            return f"(input[{index}] is empty.)"
+        if isinstance(item, list) and not all(map(_is_token, item)):
+            return f"(input[{index}] holds what is no token id.)"
+    return ""
 
 
 def _objects(items: list[Any], model: ServedModel) -> Inputs:
@@ -206,8 +216,10 @@ def _dimensions(value: Any, model: ServedModel) -> int:
 
 
 def _wrong_dimensions(value: Any, trained: DimensionRange | None, size: int) -> InvalidRequestError:
+    # In quotes, or "384" would be refused in favour of 384.
+    shown = f"'{_shown(value)}'" if isinstance(value, str) else _shown(value)
     return InvalidRequestError(
-        f"Invalid value for 'dimensions' = {_shown(value)}. Expected {trained or f'{size}, the size of this model'}.",
+        f"Invalid value for 'dimensions' = {shown}. Expected {trained or f'{size}, the size of this model'}.",
         param="dimensions",
     )
 
@@ -253,7 +265,7 @@ def _truncate(value: Any) -> Truncate:
         return Truncate.NONE
     if value is True:
         return Truncate.END
-    if isinstance(value, str) and value.upper() in Truncate.__members__:
+    if isinstance(value, str) and value.isascii() and value.upper() in Truncate.__members__:
         return Truncate[value.upper()]
     raise InvalidRequestError(
         f"Invalid value for 'truncate' = {_shown(value)}. Supported values: {[*Truncate.__members__]}, true and false.",

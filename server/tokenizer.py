@@ -24,6 +24,8 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from embedserve.models.errors import CheckpointError
+from embedserve.models.files import present, read_file
 from embedserve.server.text_prefix import PrefixTokenizer
 
 __all__ = [
@@ -55,6 +57,10 @@ INLINE_CHARACTERS = 2048
 # The library needs up to 500 bytes and 1.3 us for a character, and cannot be interrupted. Texts of up to this many
 # characters are tokenised whole where their beginning does not do; longer ones are not.
 MAX_WHOLE_CHARACTERS = 1_000_000
+
+
+MAX_FILE_BYTES = 256 << 20
+"""Of a tokenizer.json: the largest that are known have 35 million."""
 
 
 class TokenizerError(Exception):
@@ -167,17 +173,16 @@ class Tokenizer:
         # end; its pool does not survive a fork, and the library says so on stderr.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         try:
-            content = path.read_bytes()
-            definition = json.loads(content)
+            definition = json.loads(read_file(path, MAX_FILE_BYTES))
             definition["normalizer"] = _normalizer(definition.get("normalizer"), lower_case, bert_normalizer)
             rust = tokenizers.Tokenizer.from_str(json.dumps(definition))
-        except FileNotFoundError as error:
+        except CheckpointError as error:
+            if present(path):
+                raise TokenizerFileError(path, str(error).removeprefix(f"{path}: ")) from error
             remedy = (
                 "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers makes it from others"
             )
             raise TokenizerFileError(path, f"No such file; {remedy}") from error
-        except OSError as error:
-            raise TokenizerFileError(path, error.strerror or str(error)) from error
         except Exception as error:  # the library raises plain Exception for whatever it dislikes
             raise TokenizerFileError(path, f"not a tokenizer.json: {error}") from error
         rust.no_truncation()
@@ -190,9 +195,11 @@ class Tokenizer:
                 raise TokenizerFileError(path, f"has no token {id_}, which must end every text of this model")
         trailing += append
         foreign = {} if vocab_size is None else _foreign_tokens(path, definition, [*leading, *trailing], vocab_size)
-        if len(leading) + len(trailing) > max_tokens:
+        if len(leading) + len(trailing) >= max_tokens:
             raise TokenizerFileError(
-                path, f"adds {len(leading) + len(trailing)} special tokens to a text, max_tokens is {max_tokens}"
+                path,
+                f"adds {len(leading) + len(trailing)} special tokens to a text, and max_tokens is {max_tokens}: that "
+                "leaves no room for the text",
             )
         return cls(
             rust,

@@ -58,10 +58,28 @@ def test_what_is_wrong_with_a_field(
     error = envelope(http.post("/v1/embeddings", json={"model": MODEL, "input": "a", **fields}), status)
     # The contract leaves open whether invalid input names the field.
     params = ("input", None) if param is ... else (param,)
-    assert error["message"] == message
+    # What follows names the input.
+    assert error["message"].startswith(message)
     assert error["type"] == "invalid_request_error"
     assert error["param"] in params
     assert error["code"] == code
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (["a", ""], "input[1] is empty"),
+        (["a", 1], "input[1] is an integer"),
+        ([[1], "a"], "input[1] is a string"),
+        ([[1], []], "input[1] is empty"),
+        ([[1], [1, "b"]], "input[1] holds what is no token id"),
+        (["a", None], "input[1] is null"),
+    ],
+    ids=str,
+)
+def test_the_guilty_input_is_named(http: httpx.Client, value: object, said: str) -> None:
+    error = envelope(http.post("/v1/embeddings", json={"model": MODEL, "input": value}), 400)
+    assert said in error["message"]
 
 
 def test_no_fields_at_all(http: httpx.Client) -> None:

@@ -289,6 +289,13 @@ def test_config_json_is_refused(write: Write, fields: Files, named: str) -> None
 
 ST = "sentence_transformers.models."
 REFUSED_FILES: list[tuple[Files, str, str]] = [
+    (
+        {"config_sentence_transformers.json": {"prompts": {"q": "x" * 8193}}},
+        "config_sentence_transformers",
+        "prompts.q",
+    ),
+    ({"config_sentence_transformers.json": '{"prompts": {"q": "\\ud800"}}'}, "config_sentence", "surrogates"),
+    ({"config.json": None}, "config.json", "--models-dir"),
     ({"modules.json": modules(ST + "Transformer", ST + "Pooling", ST + "Dense")}, "modules.json", "Dense"),
     ({"modules.json": modules(ST + "Transformer", ST + "CNN", ST + "Pooling")}, "modules.json", "CNN"),
     ({"modules.json": modules(ST + "Router")}, "modules.json", "Router"),

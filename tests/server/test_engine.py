@@ -18,7 +18,7 @@ from embedserve.server import wire
 from embedserve.server.arrays import Rows
 from embedserve.server.broker import Broker
 from embedserve.server.client import BrokerClient, NotFiniteError, Result, RunError, Texts
-from embedserve.server.engine import Engine
+from embedserve.server.engine import Engine, _Batch, _Estimates
 from embedserve.server.errors import OverloadedError
 from embedserve.server.runner import Embedded
 
@@ -201,6 +201,26 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
         await asyncio.gather(running, waiting)
 
     story(told, max_queue_tokens=20)
+
+
+def batch_of(*lengths: int) -> _Batch:
+    row: Any = np.array(lengths, dtype=np.int32)
+    connection: Any = None
+    return _Batch(connection, wire.Run(1, "m", "text", len(lengths)), row, row, row, np.empty(0, np.uint8))
+
+
+def test_long_texts_have_an_estimate_of_their_own() -> None:
+    # Attention costs the square of the length: judged by short texts, a book would seem to end long before it does, and
+    # the next batch would be bound behind it all the while.
+    estimates = _Estimates()
+    assert estimates.at_most(batch_of(8)) is None
+    estimates.learn(batch_of(8, 8), 0.016)
+    assert estimates.seconds(batch_of(9)) == pytest.approx(0.009)
+    assert estimates.seconds(batch_of(8192)) is None
+    assert estimates.at_most(batch_of(8192)) == pytest.approx(8192 * 0.001 * 2**10)
+    estimates.learn(batch_of(8192), 4.0)
+    assert estimates.seconds(batch_of(8192)) == pytest.approx(4.0)
+    assert estimates.seconds(batch_of(10)) == pytest.approx(0.010)
 
 
 def test_an_engine_that_answers_nonsense_is_cut_off_and_its_batch_runs_elsewhere() -> None:

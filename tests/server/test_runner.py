@@ -264,6 +264,16 @@ def test_waiting_threads_spin_for_a_bounded_time(pinned: bool, turns: str) -> No
     assert f"GOMP_SPINCOUNT = '{turns}'" in done.stderr
 
 
+def test_weights_that_give_nothing_but_nan_are_refused_at_the_start(folder: Path, tmp_path: Path) -> None:
+    for file in ("config.json", "modules.json", "sentence_bert_config.json", "1_Pooling"):
+        (tmp_path / file).symlink_to(folder / file)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["encoder.layer.3.output.LayerNorm.weight"].fill_(float("nan"))
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="NaN or an infinity"):
+        Runner.load(tmp_path, device="cpu").warm_up(max_batch_tokens=256)
+
+
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
