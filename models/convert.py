@@ -7,7 +7,9 @@ builds tensors and refuses everything else; what was written is compared with wh
 from __future__ import annotations
 
 import json
+import os
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,8 +21,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from embedserve.models.errors import CheckpointError
+from embedserve.models.files import open_file, present
 from embedserve.models.layout import PICKLE_INDEX, WEIGHTS_INDEX, pickles, shards_of
 from embedserve.models.manifest import files_in, record
+
+# A layer that is used several times has its tensors in the file once, and is written as often as it has names.
+_MOST_TIED = 8
+
+_DTYPES = frozenset(
+    {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
+    | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
+    | {torch.bool, torch.complex64}
+)
 
 
 @dataclass(frozen=True)
@@ -48,9 +60,7 @@ def convert(folder: Path, names: Iterable[str], target: Path | None = None) -> l
             written = re.sub(r"(pytorch_model)?(\.bin|\.pt)$", lambda m: f"{'model' if m[1] else ''}.safetensors", name)
             tensors = read_pickle(folder / name)
             if name.endswith(".pt") and set(tensors) != {"weight", "bias"}:
-                raise CheckpointError(
-                    f"{folder / name}: holds {', '.join(sorted(tensors)) or 'nothing'}; expected weight and bias"
-                )
+                raise CheckpointError(f"{folder / name}: holds {', '.join(sorted(tensors))}; expected weight and bias")
             _write(tensors, target / written)
             done.append(Conversion(name, written))
     return done
@@ -77,7 +87,7 @@ def _convert_shards(folder: Path, index: str, target: Path) -> list[Conversion]:
     new_names: dict[str, str] = {}
     total = 0
     for shard in sorted(set(weight_map.values())):
-        if not (folder / prefix / shard).is_file():
+        if not present(folder / prefix / shard):
             raise CheckpointError(f"{folder / prefix / shard}: this shard of the weights is missing; get it again")
         new_names[shard] = f"{shard.removesuffix('.bin').replace('pytorch_model', 'model', 1)}.safetensors"
         tensors = read_pickle(folder / prefix / shard)
@@ -103,32 +113,68 @@ def _convert_shards(folder: Path, index: str, target: Path) -> list[Conversion]:
 
 
 def read_pickle(path: Path) -> Mapping[str, Tensor]:
-    """Read a pickled dict of tensors without running anything in it. Raises CheckpointError."""
+    """Read a pickled dict of tensors without running anything in it.
+
+    Raises CheckpointError, also for tensors that would take far more room than the file: a few bytes can claim any
+    shape, with strides of 0.
+    """
+    with open_file(path) as file:  # or a device in its place would be read for ever
+        size = os.fstat(file.fileno()).st_size
     try:
-        # Only torch's zip format can be mapped; before torch 1.6 a checkpoint was a bare pickle.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch asks to report files that are no checkpoints
+            # Only torch's zip format can be mapped; before torch 1.6 a checkpoint was a bare pickle.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # an interpreter of foreign bytes: there is no end to what it may raise
         if global_ := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(
                 f"{path}: asks to load {global_[1].rstrip('.')}, which no weights need and which could run code; "
                 "nothing in it was run. Take the model from a source you trust, or one with model.safetensors"
             ) from error
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path}: not readable as tensors ({reason[:200]}); get the file again") from error
+        # Not torch's words: they advise to run what is in the file.
+        raise CheckpointError(
+            f"{path}: not readable as tensors: it is damaged, or a pickle of other things, which could run code; "
+            "nothing in it was run. Get the file again, or take a model with model.safetensors"
+        ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}; expected a dict of tensors")
+    if not content:
+        raise CheckpointError(f"{path}: holds nothing; expected a dict of tensors. Get the file again")
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise CheckpointError(
                 f"{path}: entry {name!r} is a {type(value).__name__}; expected a dict of tensors alone, as "
                 "`torch.save(model.state_dict(), …)` writes it"
             )
-        if value.layout is not torch.strided or value.is_quantized:
+        if obstacle := _obstacle(value):
             raise CheckpointError(
-                f"{path}: tensor {name!r} is {'quantised' if value.is_quantized else 'sparse'}, which safetensors "
-                "cannot hold; take the original checkpoint"
+                f"{path}: tensor {name!r} {obstacle}, which safetensors cannot hold; take the original checkpoint"
             )
+        if value.nbytes > size:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} of shape {list(value.shape)} would take {value.nbytes:,} bytes, but the file "
+                f"has {size:,}; take the original checkpoint"
+            )
+    total = sum(value.nbytes for value in content.values())
+    if total > _MOST_TIED * size:
+        raise CheckpointError(
+            f"{path}: its {len(content)} tensors would take {total:,} bytes, but the file has {size:,}; expected at "
+            f"most {_MOST_TIED} times as much, with tensors that share memory. Take the original checkpoint"
+        )
     return content
+
+
+def _obstacle(tensor: Tensor) -> str | None:
+    """What keeps a tensor out of safetensors."""
+    if tensor.is_quantized:
+        return "is quantised"
+    if tensor.layout is not torch.strided:
+        return "is sparse"
+    if tensor.device.type != "cpu":
+        return f"is on the device {tensor.device}"
+    if tensor.dtype not in _DTYPES:
+        return f"has the dtype {str(tensor.dtype).removeprefix('torch.')}"
+    return None
 
 
 def _write(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +133,46 @@ def test_a_pickle_that_would_run_code_is_refused_and_nothing_ran(tmp_path: Path,
         ({"model": {"a": torch.ones(1)}}, "entry 'model' is a dict"),
         ({"a": torch.ones(1), "epoch": 3}, "entry 'epoch' is a int"),
         ({3: torch.ones(1)}, "entry 3 is a Tensor"),
+        ({}, "holds nothing; expected a dict of tensors"),
         ({"a": torch.ones(2, 2).to_sparse()}, "tensor 'a' is sparse, which safetensors cannot hold"),
+        ({"a": torch.ones(2, device="meta")}, "tensor 'a' is on the device meta, which safetensors cannot hold"),
+        ({"a": torch.ones(2, dtype=torch.complex128)}, "tensor 'a' has the dtype complex128, which safetensors"),
     ],
 )
 def test_what_is_no_dict_of_tensors_is_refused(tmp_path: Path, content: object, words: str) -> None:
     with pytest.raises(CheckpointError, match=words):
         converted(tmp_path, content)
     assert [path.name for path in tmp_path.iterdir()] == ["pytorch_model.bin"]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"a": torch.zeros(1).expand(10**11)}, "tensor 'a' of shape [100000000000] would take 400,000,000,000 bytes"),
+        (dict.fromkeys(map(str, range(99)), torch.zeros(500)), "its 99 tensors would take 198,000 bytes"),
+    ],
+    ids=["one", "all"],
+)
+def test_a_small_file_cannot_ask_for_much_room(tmp_path: Path, tensors: dict[str, Tensor], words: str) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(words)):
+        converted(tmp_path, tensors)
+    assert [path.name for path in tmp_path.iterdir()] == ["pytorch_model.bin"]
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_a_pickle_without_torch_s_frame_is_refused_in_our_own_words(tmp_path: Path, protocol: int) -> None:
+    content = {"a": Creates(tmp_path / "trap")}
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(content, protocol))
+    with pytest.raises(CheckpointError, match="nothing in it was run") as caught:
+        convert_folder(tmp_path)
+    assert "weights_only" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["pytorch_model.bin"]
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: not a regular file"):
+        convert_folder(tmp_path)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 100, 1500])
