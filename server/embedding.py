@@ -12,7 +12,7 @@ from embedserve.server.client import EngineClient, Images, NotFiniteError, Resul
 from embedserve.server.config import ServerConfig
 from embedserve.server.errors import InternalError, InvalidRequestError, request_too_long, text_too_long
 from embedserve.server.exchange import Exchange
-from embedserve.server.images import ImagePool, InvalidImageError
+from embedserve.server.images import MAX_REQUEST_IMAGES, ImagePool, InvalidImageError
 from embedserve.server.schemas import EmbeddingRequest
 from embedserve.server.served import LocalModel, RelayedModel
 from embedserve.server.token_arrays import TokenArrayError, Vocabulary
@@ -62,7 +62,15 @@ class Embedder:
         if isinstance(wanted.model, RelayedModel):
             return await self._relayed(wanted, wanted.model, exchange)
         assert isinstance(wanted.model, LocalModel)
-        return await self._computed(wanted, wanted.model, exchange)
+        images = len(wanted.inputs.images)
+        if images > MAX_REQUEST_IMAGES:
+            raise InvalidRequestError(
+                f"Invalid 'input': it holds {images} images; at most {MAX_REQUEST_IMAGES} are taken in one request. "
+                "Send them in several.",
+                param="input",
+            )
+        with self._images.room(images):
+            return await self._computed(wanted, wanted.model, exchange)
 
     # ------------------------------------------------------------------------------------------------- our engines
 

@@ -6,15 +6,17 @@ What decides about a pixel is Pillow, as in the original: its conversion to RGB 
 a colour; CMYK is converted without a profile) and its antialiased resize. As in the original, no orientation tag is
 followed: an image that a camera stored sideways is embedded sideways. Of an animation the first frame counts.
 
-An image is somebody else's file for a decoder in C: only five formats are tried, pixels are counted before they are
-decoded, and nothing is ever fetched.
+An image is somebody else's file for a decoder in C, and a decoder that runs cannot be stopped. So only five formats are
+tried, metadata is taken out (`image_files.py`), pixels and scans are counted before any is decoded, and nothing is ever
+fetched. What was found to cost most: 2 s of a core (a progressive CMYK JPEG of 32 scans), 415 MB (a WebP of 38 bytes).
 """
 
 import asyncio
 import binascii
+import contextlib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -22,7 +24,10 @@ import numpy.typing as npt
 import pybase64
 from PIL import Image, UnidentifiedImageError
 
-__all__ = ["ImagePool", "InvalidImageError", "decode_image", "preprocess"]
+from embedserve.server.errors import OverloadedError
+from embedserve.server.image_files import InvalidImageError, bare
+
+__all__ = ["MAX_REQUEST_IMAGES", "ImagePool", "InvalidImageError", "decode_image", "preprocess"]
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -33,12 +38,23 @@ runs a program (EPS) or is no picture (PDF)."""
 MAX_IMAGE_BYTES = 20 << 20
 """Of one image's file."""
 
-MAX_IMAGE_PIXELS = 64_000_000
-"""Of one image, as stored and as scaled: 190 MB as RGB. A telephone's camera makes 12 to 50 million."""
+MAX_PHOTO_PIXELS = 51_000_000
+"""Of a JPEG in one scan, as stored and as scaled: the largest telephones and cameras write 50 million. Decoding takes 4
+bytes a pixel, 8 where it is CMYK: 200 and 400 MB."""
+
+MAX_IMAGE_PIXELS = 27_000_000
+"""Of every other image, as stored and as scaled. Decoding takes 15 bytes a pixel of a WebP (415 MB), up to 13 of a JPEG
+in several scans (350), 8 of a PNG with transparency (210), 5 of greys and palettes (135)."""
 
 MAX_REQUEST_PIXELS = 256_000_000
-"""Of all images of a request: some 6 s of a core (64 million took 1.5 s). An honest body of 32 MiB holds about 100
-million; of one colour, compressed to 8 kB for every 64 million, far more would go in than anyone can wait for."""
+"""Of all images of a request, where each further scan of a JPEG counts as a tenth of its pixels: up to 8 s of a core.
+An honest body of 32 MiB holds about 100 million."""
+
+MAX_REQUEST_IMAGES = 256
+"""Of one request: 39 MB of pixels at 224 by 224."""
+
+MAX_HELD_IMAGES = 512
+"""Of all requests of a front end, being prepared or run: 77 MB of pixels at 224 by 224."""
 
 # One limit, ours: Pillow's own would warn on standard error from 89 million pixels on and refuse from 179 million.
 Image.MAX_IMAGE_PIXELS = None
@@ -47,15 +63,6 @@ _SCHEME = re.compile(r"\s*([a-zA-Z][a-zA-Z0-9+.-]*):")
 _DATA_URI = re.compile(r"data:image/[a-z0-9.+-]+(;[a-z0-9=_.+-]+)*;base64,", re.IGNORECASE)
 # Longer than any data URI's head.
 _HEAD = 200
-
-
-class InvalidImageError(Exception):
-    """Image `index` of a request cannot be used; `reason` is a sentence that says why and what to send."""
-
-    def __init__(self, reason: str, index: int = 0) -> None:
-        super().__init__(f"image {index}: {reason}")
-        self.index = index
-        self.reason = reason
 
 
 def decode_image(text: str) -> bytes:
@@ -91,11 +98,14 @@ def decode_image(text: str) -> bytes:
 
 def preprocess(data: bytes, size: int) -> Pixels:
     """The pixels of an image file, uint8 [size, size, 3]: red, green and blue. Raises `InvalidImageError`."""
-    return _scale(_open(data, size), size)
+    image, _ = _open(data, size)
+    return _scale(image, size)
 
 
-def _open(data: bytes, size: int) -> Image.Image:
-    """Read an image's head and check what it promises; no pixel is decoded."""
+def _open(data: bytes, size: int) -> tuple[Image.Image, int]:
+    """Read an image's head and check what it promises; no pixel is decoded. With it, what decoding it will cost: its
+    pixels, and a tenth of them for every scan after the first."""
+    data, scans = bare(data)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
@@ -108,9 +118,13 @@ def _open(data: bytes, size: int) -> Image.Image:
     shortest, longest = sorted(image.size)
     if shortest < 1:
         raise InvalidImageError(f"it has no pixels ({width} by {height}).")
-    if max(width * height, size * _scaled(longest, shortest, size)) > MAX_IMAGE_PIXELS:
+    # Several scans are put together from coefficients, which take up to twice the room of the pixels.
+    photo = image.format == "JPEG" and scans == 1
+    limit = MAX_PHOTO_PIXELS if photo else MAX_IMAGE_PIXELS
+    if max(width * height, size * _scaled(longest, shortest, size)) > limit:
+        kind = "JPEG of one scan" if photo else "JPEG of several scans" if image.format == "JPEG" else image.format
         raise InvalidImageError(
-            f"it has {width} by {height} pixels; at most {MAX_IMAGE_PIXELS:,} are taken, as it is and with its "
+            f"it has {width} by {height} pixels; at most {limit:,} are taken of a {kind}, as it is and with its "
             f"shortest edge scaled to {size}. Send a smaller one."
         )
     if image.mode.startswith(("I", "F")):
@@ -118,7 +132,14 @@ def _open(data: bytes, size: int) -> Image.Image:
             f"its greys have more than 8 bits (Pillow's mode {image.mode}), and the model's preprocessing would make "
             "nearly all of them white. Send it with 8 bits a channel."
         )
-    return image
+    if image.format == "BMP" and image.info["compression"] not in _PLAIN_BMP:
+        # Pillow would unpack it in Python.
+        raise InvalidImageError("it is a BMP with run lengths. Send it uncompressed, or as a PNG.")
+    return image, width * height * (9 + scans) // 10
+
+
+# BI_RGB and BI_BITFIELDS.
+_PLAIN_BMP = (0, 3)
 
 
 def _scaled(longest: int, shortest: int, size: int) -> int:
@@ -129,8 +150,10 @@ def _scaled(longest: int, shortest: int, size: int) -> int:
 def _scale(image: Image.Image, size: int) -> Pixels:
     width, height = image.size
     try:
-        # First to RGB: palettes cannot be mixed.
-        image = image.convert("RGB")
+        image.load()
+        # Before it is scaled: palettes cannot be mixed. What is RGB already would only be copied.
+        if image.mode != "RGB":
+            image = image.convert("RGB")
     except Exception as error:
         raise _broken(error) from error
     if width <= height:
@@ -160,6 +183,22 @@ class ImagePool:
         """The threads start with the first images."""
         self._threads = threads
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="images")
+        self._held = 0
+
+    @contextlib.contextmanager
+    def room(self, images: int) -> Iterator[None]:
+        """Room for a request's images, to be held until they have run. Who comes first is always let in.
+
+        Raises `OverloadedError` where requests together would pass `MAX_HELD_IMAGES`: the broker's own limit is behind
+        the work of preparing them, and behind the memory.
+        """
+        if self._held and self._held + images > MAX_HELD_IMAGES:
+            raise OverloadedError("overloaded")
+        self._held += images
+        try:
+            yield
+        finally:
+            self._held -= images
 
     async def prepare(self, items: Sequence[str], size: int) -> Pixels:
         """Pixels of images as they stand in a request, uint8 [items, size, size, 3].
@@ -190,27 +229,27 @@ class ImagePool:
 
 
 class _Budget:
-    """The pixels that a request may still have decoded."""
+    """What a request may still have decoded, in pixels."""
 
     def __init__(self) -> None:
         self.pixels = MAX_REQUEST_PIXELS
 
-    def take(self, image: Image.Image) -> None:
+    def take(self, cost: int) -> None:
         """Raises `InvalidImageError` where there are too few left."""
         # Threads may get here together; the limit is then passed by one image a thread.
-        self.pixels -= image.width * image.height
+        self.pixels -= cost
         if self.pixels < 0:
             raise InvalidImageError(
-                f"the images up to this one have more than {MAX_REQUEST_PIXELS:,} pixels together. Send them in "
-                "several requests, or smaller."
+                f"the images up to this one have more than {MAX_REQUEST_PIXELS:,} pixels together (a tenth more for "
+                "every further scan of a JPEG). Send them in several requests, or smaller."
             )
 
 
 def _prepare(item: str, index: int, pixels: Pixels, budget: _Budget) -> None:
     """Write the pixels of image `index`, [size, size, 3]."""
     try:
-        image = _open(decode_image(item), len(pixels))
-        budget.take(image)
+        image, cost = _open(decode_image(item), len(pixels))
+        budget.take(cost)
         pixels[...] = _scale(image, len(pixels))
     except InvalidImageError as error:
         raise InvalidImageError(error.reason, index) from error

@@ -4,10 +4,12 @@ import asyncio
 import base64
 import contextlib
 import io
+import re
 import struct
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,8 +17,25 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from embedserve.models.config import ImageSettings
 from embedserve.server import images
-from embedserve.server.images import ImagePool, InvalidImageError, decode_image, preprocess
+from embedserve.server.arrays import Rows
+from embedserve.server.client import Images, Result
+from embedserve.server.embedding import Embedder
+from embedserve.server.errors import InvalidRequestError, OverloadedError
+from embedserve.server.exchange import Exchange
+from embedserve.server.image_files import MAX_SCANS, bare
+from embedserve.server.images import (
+    MAX_HELD_IMAGES,
+    MAX_REQUEST_IMAGES,
+    ImagePool,
+    InvalidImageError,
+    decode_image,
+    preprocess,
+)
+from embedserve.server.schemas import EmbeddingRequest, Inputs
+from embedserve.server.served import LocalModel
+from embedserve.server.tokenizer import Truncate
 
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP"]
 
@@ -148,8 +167,8 @@ def test_a_bomb_is_refused_by_its_head(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Image.Image, "load", load)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
-    with pytest.raises(InvalidImageError, match=r"8001 by 8000 pixels; at most 64,000,000"):
-        preprocess(png_of_zeros(8001, 8000), 224)
+    with pytest.raises(InvalidImageError, match=r"5400 by 5001 pixels; at most 27,000,000 are taken of a PNG"):
+        preprocess(png_of_zeros(5400, 5001), 224)
     # More than Pillow itself would take.
     with pytest.raises(InvalidImageError, match=r"30000 by 30000"):
         preprocess(png_of_zeros(30_000, 30_000), 224)
@@ -158,7 +177,7 @@ def test_a_bomb_is_refused_by_its_head(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_thin_strip_that_would_be_scaled_to_a_bomb_is_refused() -> None:
     with pytest.raises(InvalidImageError, match=r"shortest edge scaled to 224"):
         preprocess(png_of_zeros(200_000, 1), 224)
-    assert not preprocess(png_of_zeros(1200, 1), 224).any()
+    assert not preprocess(png_of_zeros(500, 1), 224).any()
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -194,6 +213,152 @@ SVG = b'<svg xmlns="http://www.w3.org/2000/svg"/>'
 def test_what_is_no_image_is_refused(data: bytes) -> None:
     with pytest.raises(InvalidImageError, match=r"no image that is known here|cannot be decoded"):
         preprocess(data, 32)
+
+
+# --- files that would take long --------------------------------------------------------------------------------------
+
+
+def with_size(jpeg: bytes, width: int, height: int) -> bytes:
+    """The same file, its head promising another size."""
+    place = re.search(rb"\xff[\xc0-\xc2]", jpeg)
+    assert place is not None
+    return jpeg[: place.start() + 5] + struct.pack(">HH", height, width) + jpeg[place.start() + 9 :]
+
+
+def test_a_photo_in_one_scan_may_be_larger_than_one_in_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "_scale", lambda image, _size: image.size)
+    plain, progressive = (file_of(picture(32, 32), "JPEG", progressive=several) for several in (False, True))
+    assert preprocess(with_size(plain, 8160, 6144), 224) == (8160, 6144)
+    with pytest.raises(InvalidImageError, match="at most 51,000,000 are taken of a JPEG of one scan"):
+        preprocess(with_size(plain, 8500, 6144), 224)
+    with pytest.raises(InvalidImageError, match="at most 27,000,000 are taken of a JPEG of several scans"):
+        preprocess(with_size(progressive, 8160, 6144), 224)
+
+
+def last_scan_again(times: int) -> bytes:
+    """A progressive JPEG, its last scan repeated: decoders go over all pixels for each."""
+    data = file_of(picture(64, 64), "JPEG", progressive=True)
+    scan = data[data.rfind(b"\xff\xda") : -2]
+    return data[:-2] + scan * times + b"\xff\xd9"
+
+
+def test_a_jpeg_of_very_many_scans_is_refused() -> None:
+    assert bare(last_scan_again(0))[1] == 10
+    assert preprocess(last_scan_again(MAX_SCANS - 10), 64).shape == (64, 64, 3)
+    with pytest.raises(InvalidImageError, match="JPEG of more than 32 scans"):
+        preprocess(last_scan_again(MAX_SCANS - 9), 64)
+
+
+@pytest.mark.parametrize(
+    "between", [b"\xff\xfe\x00\x06\xff\xd9\xff\xd9", b"junk", b"\xff\xff\xff", b"\xff\xd0", b"\xff\x00"]
+)
+def test_scans_are_counted_behind_what_looks_like_the_end(between: bytes) -> None:
+    data = file_of(picture(64, 64), "JPEG", progressive=True)
+    place = data.rfind(b"\xff\xda")
+    found, scans = bare(data[:place] + between + data[place:])
+    assert scans == 10
+    assert np.array_equal(preprocess(found, 64), preprocess(data, 64))
+
+
+def test_what_looks_like_a_scan_in_a_thumbnail_or_behind_the_end_is_none() -> None:
+    scan = b"\xff\xda\x00\x02"
+    data = file_of(picture(64, 64), "JPEG")
+    assert bare(data[:2] + b"\xff\xe1" + struct.pack(">H", 2 + 400) + scan * 100 + data[2:] + scan * 100) == bare(data)
+
+
+def test_further_scans_count_against_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_REQUEST_PIXELS", 4 * 64 * 64)
+    one, ten = text_of(file_of(picture(64, 64), "JPEG")), text_of(last_scan_again(0))
+    assert len(prepare([one] * 4)) == 4
+    assert len(prepare([ten] * 2)) == 2
+    with pytest.raises(InvalidImageError, match=r"image 2: .* pixels together"):
+        prepare([ten] * 3, threads=1)
+
+
+@pytest.mark.parametrize("frame", [0xC3, 0xC9, 0xCA, 0xC5])
+def test_jpegs_with_rare_codes_are_refused(frame: int) -> None:
+    data = file_of(picture(64, 64), "JPEG").replace(b"\xff\xc0", bytes([0xFF, frame]))
+    with pytest.raises(InvalidImageError, match="JPEG of a rare kind"):
+        preprocess(data, 64)
+
+
+def png_with(pieces: bytes) -> bytes:
+    data = file_of(picture(32, 32))
+    return data[:33] + pieces + data[33:]
+
+
+def jpeg_with(pieces: bytes) -> bytes:
+    data = file_of(picture(32, 32), "JPEG")
+    return data[:2] + pieces + data[2:]
+
+
+def gif_with(pieces: bytes) -> bytes:
+    data = file_of(picture(32, 32), "GIF")
+    place = data.index(b",", 13 + 3 * 256)
+    return data[:place] + pieces + data[place:]
+
+
+MANY = {
+    "segments": jpeg_with(b"\xff\xe1\x00\x09Exif\0\0a" * 5000),
+    "bytes of tables": jpeg_with((b"\xff\xdb" + struct.pack(">H", 2 + 65 * 1000) + bytes([0, *[1] * 64]) * 1000) * 5),
+    "chunks": png_with(chunk(b"teSt", b"") * 40_000),
+    "blocks": gif_with(b"!\xfe" + b"\1a" * 20_000 + b"\0"),
+}
+
+
+@pytest.mark.parametrize("what", MANY)
+def test_a_file_of_very_many_pieces_is_refused_before_pillow_sees_it(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("PIL.Image.open", lambda *_args, **_options: pytest.fail("opened"))
+    with pytest.raises(InvalidImageError, match=f"more than [0-9,]+ {what}"):
+        preprocess(MANY[what], 32)
+
+
+PROFILE = b"a\0\0" + zlib.compress(bytes(1_000_000))
+METADATA = {
+    "png": (
+        png_with,
+        chunk(b"iCCP", PROFILE) + chunk(b"zTXt", PROFILE) + chunk(b"eXIf", b"II*\0") + chunk(b"gAMA", bytes(4)),
+    ),
+    "jpeg": (jpeg_with, b"".join(bytes([0xFF, marker, 0, 8]) + b"Exif\0\0" for marker in (0xE1, 0xE2, 0xED, 0xFE))),
+    "gif": (gif_with, b"!\xfe\3abc\0" + b"!\xff\x0bNETSCAPE2.0\3\1\0\0\0"),
+}
+
+
+@pytest.mark.parametrize("kind", METADATA)
+def test_metadata_is_taken_out_and_changes_no_pixel(kind: str) -> None:
+    put, metadata = METADATA[kind]
+    assert bare(put(metadata)) == bare(put(b""))
+    original = np.asarray(Image.open(io.BytesIO(put(metadata))).convert("RGB"))
+    assert np.array_equal(preprocess(put(metadata), 32), original)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF"])
+def test_a_transparent_colour_survives_the_taking_out(kind: str) -> None:
+    image = picture(32, 32).quantize(8)
+    data = file_of(image, kind, transparency=3)
+    found, _ = bare(data)
+    assert Image.open(io.BytesIO(found)).info["transparency"] == 3
+    assert np.array_equal(preprocess(data, 32), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def test_a_gif_cannot_have_a_frame_allocated_before_its_size_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = gif_with(b"!\xf9\4\x08\0\0\0\0")
+    place = data.index(b",", 13 + 3 * 256 + 8)
+    data = data[: place + 5] + struct.pack("<HH", 60_000, 60_000) + data[place + 9 :]
+    monkeypatch.setattr("PIL.Image.core.fill", lambda *_: pytest.fail("allocated"))
+    with pytest.raises(InvalidImageError, match="60000 by 60000 pixels"):
+        preprocess(data, 32)
+
+
+@pytest.mark.parametrize("compression", [1, 2])
+def test_a_bmp_with_run_lengths_is_refused(compression: int) -> None:
+    palette = bytes(range(1, 5)) * 256
+    head = struct.pack("<IiiHHIIiiII", 40, 4, 1, 1, 8, compression, 4, 0, 0, 256, 0)
+    data = b"BM" + struct.pack("<IHHI", 54 + 1024 + 4, 0, 0, 54 + 1024) + head + palette + b"\4\7\0\1"
+    with pytest.raises(InvalidImageError, match="BMP with run lengths"):
+        preprocess(data, 4)
 
 
 # --- base64 and data URIs ---------------------------------------------------------------------------------------------
@@ -321,3 +486,81 @@ def test_a_small_request_does_not_wait_for_all_of_a_large_one() -> None:
 
     in_a_pool(run)
     assert finished == ["small", "large"]
+
+
+# --- how many at a time -----------------------------------------------------------------------------------------------
+
+
+def test_images_of_all_requests_are_held_to_a_number() -> None:
+    pool = ImagePool(1)
+    with contextlib.ExitStack() as held:
+        for _ in range(MAX_HELD_IMAGES // 100):
+            held.enter_context(pool.room(100))
+        with pytest.raises(OverloadedError) as raised, pool.room(100):
+            pass
+        assert (raised.value.status, raised.value.code) == (503, "overloaded")
+        assert int(raised.value.headers["retry-after"]) >= 1
+        with pool.room(MAX_HELD_IMAGES % 100):
+            pass
+    # All is given back, also what an error ended.
+    with contextlib.suppress(ZeroDivisionError), pool.room(MAX_HELD_IMAGES):
+        raise ZeroDivisionError
+    with pool.room(MAX_HELD_IMAGES + 1):
+        pass
+    pool.close()
+
+
+class WaitingEngine:
+    """Says when a run has come in, and answers when it is let."""
+
+    def __init__(self) -> None:
+        self.begun, self.go_on = asyncio.Event(), asyncio.Event()
+
+    async def run(self, model: str, items: Images, *, dimensions: int, outputs: Sequence[str]) -> Result:
+        self.begun.set()
+        await self.go_on.wait()
+        count = len(items.pixels)
+        dense = Rows.of_matrix(np.ones((count, 2), np.float32), np.full(count, 2, np.int32))
+        return Result({"dense": dense}, queue=0, run=0)
+
+
+def request(count: int) -> EmbeddingRequest:
+    model = object.__new__(LocalModel)
+    config = SimpleNamespace(images=ImageSettings(8, 4, (0.5,) * 3, (0.5,) * 3))
+    for name, value in {"id": "a/b", "config": config}.items():
+        object.__setattr__(model, name, value)
+    item = text_of(file_of(picture(8, 8)))
+    inputs = Inputs(images=[item] * count, image_positions=range(count))
+    return EmbeddingRequest(model, inputs, "float", 2, ("dense",), "", Truncate.NONE, None)
+
+
+def embedder(engine: Any, pool: ImagePool) -> Embedder:
+    settings: Any = SimpleNamespace(max_request_tokens=300_000)
+    unused: Any = None
+    return Embedder(settings, engine, unused, pool, unused)
+
+
+def test_a_request_has_at_most_256_images() -> None:
+    async def run(pool: ImagePool) -> None:
+        with pytest.raises(InvalidRequestError, match="holds 257 images; at most 256"):
+            await embedder(None, pool).embed(request(MAX_REQUEST_IMAGES + 1), Exchange("x"))
+
+    in_a_pool(run)
+
+
+def test_images_are_held_until_they_have_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_HELD_IMAGES", 3)
+
+    async def run(pool: ImagePool) -> None:
+        engine = WaitingEngine()
+        under_test = embedder(engine, pool)
+        # More than the limit, but the first.
+        first = asyncio.ensure_future(under_test.embed(request(4), Exchange("x")))
+        await asyncio.wait_for(engine.begun.wait(), 10)
+        with pytest.raises(OverloadedError):
+            await under_test.embed(request(1), Exchange("x"))
+        engine.go_on.set()
+        assert len((await first)["dense"]) == 4
+        assert len((await under_test.embed(request(3), Exchange("x")))["dense"]) == 3
+
+    in_a_pool(run)
