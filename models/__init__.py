@@ -4,6 +4,7 @@ What is known and read without torch:
 
 errors         the error tree of this layer
 catalog        models known by name: data, and where their files lie
+directory      every model's folder in a models directory
 json_file      a JSON file of a checkpoint: typed access, errors that name file and field
 architecture   config.json → what a family computes, in sizes and switches
 config         a checkpoint folder's files → one frozen ModelConfig; quirks end there

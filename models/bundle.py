@@ -13,18 +13,19 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import re
+import os
 import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from embedserve.models import catalog
-from embedserve.models.errors import BundleError, CheckpointError, ModelNotFoundError
+from embedserve.models.directory import is_checkpoint, model_folders, repository_of
+from embedserve.models.errors import BundleError, CheckpointError
 from embedserve.models.layout import has_graph, needed, pickles
 from embedserve.models.manifest import (
     FORMAT,
@@ -44,9 +45,6 @@ from embedserve.models.progress import Progress, size
 BUNDLE_MANIFEST = "embedserve-bundle.json"
 
 _MAX_MANIFEST_BYTES = 16 << 20
-
-# A repository's folder in the hub's cache.
-_REPOSITORY = re.compile(r"models--(.+?)--(.+)")
 
 
 @contextmanager
@@ -104,33 +102,14 @@ def _models_in(folder: Path, model: str | None) -> dict[str, Path]:
         raise BundleError(f"{folder}: no such folder; expected a model's folder or a directory of them")
     if model is not None and not is_model_id(model):
         raise BundleError(f"--model: {model!r} is no model's id; expected `<name>` or `<organisation>/<name>`")
-    if _is_checkpoint(folder):
+    if is_checkpoint(folder):
         return {_known_id(model) if model else _id_of(folder, _name_by_place(folder.absolute())): folder}
     if model is not None:
         raise BundleError(f"--model names one folder, but {folder} has no config.json; give the model's own folder")
-    found: dict[str, Path] = {}
-    for place in sorted(folder.iterdir()):
-        if not place.is_dir() or place.name.startswith("."):
-            continue
-        if repository := _REPOSITORY.fullmatch(place.name):
-            id_ = f"{repository[1]}/{repository[2]}"
-            try:
-                found.setdefault(_known_id(id_), catalog.locate(id_, folder))
-            except ModelNotFoundError:
-                continue  # a cache entry without a snapshot
-        elif _is_checkpoint(place):
-            found[_id_of(place, place.name)] = place
-        else:
-            for inner in sorted(place.iterdir()):
-                if _is_checkpoint(inner) and not inner.name.startswith("."):
-                    found[_id_of(inner, f"{place.name}/{inner.name}")] = inner
+    found = {_id_of(place, name): place for name, place in model_folders(folder)}
     if not found:
         raise BundleError(f"{folder}: neither a model's folder nor a directory of them: there is no config.json")
     return found
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    return (folder / "modules.json").is_file() or (folder / "config.json").is_file()
 
 
 def _known_id(name: str) -> str:
@@ -156,10 +135,10 @@ def _id_of(folder: Path, name: str) -> str:
 
 def _hub_origin(folder: Path) -> tuple[str, str] | tuple[None, None]:
     """(repository, revision) of a folder in the hub's cache layout."""
-    repository = _REPOSITORY.fullmatch(folder.absolute().parent.parent.name)
+    repository = repository_of(folder.absolute().parent.parent.name)
     if folder.absolute().parent.name != "snapshots" or repository is None:
         return None, None
-    return f"{repository[1]}/{repository[2]}", folder.absolute().name
+    return repository, folder.absolute().name
 
 
 def _source(model: str, folder: Path, scratch: Path) -> _Source:
@@ -300,20 +279,45 @@ def unpack(path: Path, target: Path) -> list[Manifest]:
     """
     with _Bundle(path) as bundle:
         for manifest in bundle.manifests:
-            if (target / manifest.model).exists():
-                raise BundleError(f"{target / manifest.model} is already there; remove it, or unpack elsewhere")
-        target.mkdir(parents=True, exist_ok=True)
-        _require_space(target, bundle.size, "the models")
-        with tempfile.TemporaryDirectory(prefix=".embedserve-unpack-", dir=target) as scratch:
-            with Progress("unpacking", bundle.size) as progress:
-                for model, fault in bundle.read(Path(scratch), progress.advance):
-                    where = f"{model}: " if model else ""
-                    raise BundleError(f"{path}: {where}{fault}; nothing was unpacked, get the bundle again")
-            for manifest in bundle.manifests:
-                place = target / manifest.model
-                place.parent.mkdir(parents=True, exist_ok=True)
-                (Path(scratch) / manifest.model).rename(place)
+            _require_free(target / manifest.model)
+        with _folder(target):
+            _require_space(target, bundle.size, "the models")
+            with tempfile.TemporaryDirectory(prefix=".embedserve-unpack-", dir=target) as scratch:
+                with Progress("unpacking", bundle.size) as progress:
+                    for model, fault in bundle.read(Path(scratch), progress.advance):
+                        where = f"{model}: " if model else ""
+                        raise BundleError(f"{path}: {where}{fault}; nothing was unpacked, get the bundle again")
+                for manifest in bundle.manifests:
+                    place = target / manifest.model
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    (Path(scratch) / manifest.model).rename(place)
         return bundle.manifests
+
+
+def _require_free(place: Path) -> None:
+    """Raise BundleError if there is something at a model's place, or what is no folder on the way to it."""
+    if os.path.lexists(place):
+        raise BundleError(f"{place} is already there; remove it, or unpack elsewhere")
+    for parent in place.parents:
+        if os.path.lexists(parent):
+            if not parent.is_dir():
+                what = "a link that leads nowhere" if parent.is_symlink() and not parent.exists() else "a file"
+                raise BundleError(f"{parent} is {what}, where a folder has to be; remove it, or unpack elsewhere")
+            return
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """Make a folder and those above it. If what is done with it fails, those that were made go again, if empty."""
+    made = [place for place in (path, *path.parents) if not place.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for place in made:
+            with suppress(OSError):
+                place.rmdir()
+        raise
 
 
 class _Bundle:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from embedserve.models.errors import BundleError
@@ -109,6 +109,8 @@ class Manifest:
         for name, entry in content["files"].items():
             if not is_plain(name) or name == MANIFEST:
                 raise refuse("files", f"names of files inside the folder, not {name!r}")
+            if both := next((parent for parent in _parents(name) if parent in content["files"]), None):
+                raise refuse("files", f"each name to be a file or a folder, but {both!r} is both, for {name!r}")
             try:
                 file = FileSum(**entry)
             except TypeError:
@@ -141,6 +143,10 @@ class Manifest:
         except OSError as error:
             raise BundleError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
         return cls.from_json(parse_manifest(raw, str(path)), str(path))
+
+
+def _parents(name: str) -> list[str]:
+    return [parent.as_posix() for parent in PurePosixPath(name).parents][:-1]
 
 
 def parse_manifest(raw: bytes, where: str) -> Any:

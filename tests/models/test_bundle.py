@@ -321,6 +321,7 @@ def test_a_missing_file_and_bytes_behind_the_end_are_told(bundle: Path) -> None:
         ('"LICENSE"', '"../../LICENSE"', "field 'files'"),
         ('"LICENSE"', '".bashrc"', "field 'files'"),
         ('"LICENSE"', '"embedserve.json"', "field 'files'"),
+        ('"LICENSE"', '"config.json/a/b"', "field 'files': expected each name to be a file or a folder"),
         ('"size": 3000', '"size": -1', r"field 'files\.model\.safetensors\.size'"),
         ('"size": 3000', '"size": 1e99', r"field 'files\.model\.safetensors\.size'"),
         ('"size": 3000', '"size": 10000000000000000', "are free there"),
@@ -373,10 +374,26 @@ def test_the_id_is_the_manifest_s_or_the_catalogue_s_or_the_folder_s_name(tmp_pa
     assert manifest.model == "sentence-transformers/all-MiniLM-L6-v2"
 
 
-def test_a_file_or_folder_that_cannot_be_used_is_named(bundle: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(BundleError, match=rf"{tmp_path}/file.*: (Not a directory|File exists)"):
-        unpack(bundle, tmp_path / "file")
+@pytest.mark.parametrize("place", ["there", "there/acme", "there/acme/one"])
+@pytest.mark.parametrize("what", ["a file", "a link that leads nowhere"])
+def test_what_is_in_the_way_is_named(bundle: Path, tmp_path: Path, place: str, what: str) -> None:
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    if what == "a file":
+        (tmp_path / place).touch()
+    else:
+        (tmp_path / place).symlink_to("nowhere")
+    words = "already there" if place.endswith("one") else f"{what}, where a folder has to be"
+    with pytest.raises(BundleError, match=rf"{tmp_path}/{place} is {words}; remove it, or unpack elsewhere"):
+        unpack(bundle, tmp_path / "there")
+
+
+def test_a_failed_unpack_leaves_no_folder_that_was_not_there(bundle: Path, tmp_path: Path) -> None:
+    with bundle.open("r+b") as file:
+        file.truncate(15000)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(BundleError, match="nothing was unpacked"):
+        unpack(bundle, tmp_path / "mine" / "new" / "there")
+    assert not list((tmp_path / "mine").iterdir())
 
 
 class Terminal(io.StringIO):
