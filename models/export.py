@@ -45,8 +45,8 @@ _LARGEST_GRAPH_BYTES = 3 << 29
 RECORD = "export.json"
 
 _INSTALL = (
-    "the export needs the [export] extra in an environment of its own: python -m venv export && export/bin/pip install "
-    '"embedserve[export]"'
+    "the export needs optimum, in an environment of its own. In a checkout of embedserve: python -m venv export && "
+    'export/bin/pip install ".[export]"'
 )
 
 

@@ -235,8 +235,9 @@ class _Hub:
             from huggingface_hub import constants
         except ImportError:
             raise HubError(
-                "pulling needs the package huggingface_hub: pip install 'embedserve[pull]'; or fetch the folder by "
-                "other means and put it at DIR/<organisation>/<name>"
+                'pulling needs the package huggingface_hub: pip install "huggingface_hub>=0.36,<3" (in a checkout of '
+                'embedserve, pip install ".[pull]"); or fetch the folder by other means and put it at '
+                "DIR/<organisation>/<name>"
             ) from None
         self.repository = repository
         self.endpoint = endpoint or constants.ENDPOINT

@@ -215,6 +215,7 @@ def _first_line(error: BaseException) -> str:
 # --- ONNX Runtime -----------------------------------------------------------------------------------------------------
 
 _CPU_BUILD, _GPU_BUILD = "onnxruntime", "onnxruntime-gpu"
+_VERSIONS = ">=1.20"
 
 
 def load_runtime(device: torch.device) -> Any:
@@ -223,8 +224,9 @@ def load_runtime(device: torch.device) -> Any:
         import onnxruntime
     except ImportError as error:
         raise BackendError(
-            f'the onnx backend cannot import ONNX Runtime ({_first_line(error)}); pip install "embedserve[onnx]", or '
-            '"embedserve[onnx-gpu]" for CUDA'
+            f"the onnx backend cannot import ONNX Runtime ({_first_line(error)}); pip install "
+            f'"{_CPU_BUILD}{_VERSIONS}", or "{_GPU_BUILD}{_VERSIONS}" for CUDA (in a checkout of embedserve, pip '
+            'install ".[onnx]" or ".[onnx-gpu]")'
         ) from error
     both = {_CPU_BUILD, _GPU_BUILD} <= _installed()
     again = (
@@ -242,7 +244,7 @@ def load_runtime(device: torch.device) -> Any:
             )
         raise BackendError(
             f"device {device}: this ONNX Runtime has no CUDA provider; run `pip uninstall -y {_CPU_BUILD}`, then "
-            '`pip install "embedserve[onnx-gpu]"`; or use --device cpu'
+            f'`pip install "{_GPU_BUILD}{_VERSIONS}"`; or use --device cpu'
         )
     onnxruntime.disable_telemetry_events()
     return onnxruntime

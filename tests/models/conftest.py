@@ -1,6 +1,7 @@
 """Checkpoints for the tests of this folder: the packaged MiniLM, and tiny random BERTs written to disk."""
 
 import json
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,14 @@ def write_sentence_files(folder: Path, *, pooling: str = "mean", normalize: bool
 def minilm() -> Path:
     """The folder of the real all-MiniLM-L6-v2 weights, from the package of the dev extra."""
     return locate("all-MiniLM-L6-v2", None)
+
+
+@pytest.fixture
+def install_command() -> Callable[[str], str]:
+    """Gives the command that installs what an extra of pyproject.toml asks for."""
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    extras = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    return lambda extra: " ".join(["pip install", *(f'"{requirement}"' for requirement in extras[extra])])
 
 
 @pytest.fixture
