@@ -27,7 +27,7 @@ def model_folders(models_dir: Path) -> Iterator[tuple[str, Path]]:
             except ModelNotFoundError:
                 continue  # a cache entry without a snapshot
             except (CheckpointError, OSError):
-                yield repository, place
+                yield repository, place / "snapshots"
         elif _may_be_checkpoint(place):
             yield place.name, place
         else:

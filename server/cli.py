@@ -21,7 +21,7 @@ from embedserve.models import bundle, catalog, hub
 from embedserve.models.errors import ModelError
 from embedserve.models.manifest import Manifest
 from embedserve.models.progress import size
-from embedserve.server import config, log, model_list, supervisor
+from embedserve.server import config, log, model_list, parsers, served, supervisor
 from embedserve.server.config import ConfigError
 from embedserve.server.token_arrays import VocabularyError
 from embedserve.server.tokenizer import TokenizerError
@@ -32,15 +32,15 @@ _DESCRIPTION = """\
 Serve embedding models behind OpenAI's embeddings API.
 
   embedserve serve                            the small model that comes with the [demo] extra, on 127.0.0.1:8000
-  embedserve serve --model BAAI/bge-base-en-v1.5 --models-dir /models
+  embedserve serve --model BAAI/bge-base-en-v1.5 --models-dir /srv/models
   embedserve models                           what can be served
   embedserve selftest BAAI/bge-base-en-v1.5   whether it gives the vectors that it should
 
 Into a network without access to the hub:
 
-  embedserve pull BAAI/bge-m3 --to models     on a machine with access
-  embedserve pack models -o models.tar        one file to carry, with a SHA-256 for each file in it
-  embedserve unpack models.tar --to /models   checks all of them on the way
+  embedserve pull BAAI/bge-m3 --to weights        on a machine with access
+  embedserve pack weights -o weights.tar          one file to carry, with a SHA-256 for each file in it
+  embedserve unpack weights.tar --to /srv/models  checks all of them on the way
 """
 
 _SERVE_EPILOG = """\
@@ -60,7 +60,7 @@ environment, the environment over the file. Only the file has tables for single 
   "text-embedding-ada-002" = { model = "BAAI/bge-base-en-v1.5", price = 0.1 }
 
   [upstreams."text-embedding-3-small"]      # relay requests for this name to another server; needs network access
-  key_env = "OPENAI_API_KEY"                # the variable with the key for it
+  key_env = "OPENAI_API_KEY"                # the variable with the key for it; only `serve` reads it
 
 SIGTERM, SIGHUP and Ctrl-C end the server once the requests in flight are answered; a second one ends it at once.
 """
@@ -135,7 +135,7 @@ def _models_options(parser: argparse.ArgumentParser) -> None:
 
 def _models(options: argparse.Namespace) -> int:
     models_dir = _settings(options).models_dir
-    if models_dir is not None and not models_dir.is_dir():
+    if models_dir is not None and not os.path.isdir(models_dir):
         raise ConfigError(f"--models-dir: there is no folder {models_dir}")
     if options.json:
         print(json.dumps(model_list.describe(models_dir), indent=2, ensure_ascii=False))
@@ -169,9 +169,9 @@ def _selftest(options: argparse.Namespace) -> int:
 # ------------------------------------------------------------------------------------------------------------- export
 
 _EXPORT_EPILOG = """\
-Needs optimum, in an environment of its own: pip install "embedserve[export]". The graph is compared with the model that
-it was made from, on texts of 1 to 512 random tokens, and thrown away if the cosine between two vectors is below 0.9999
-(with --fp16 0.999). Serve it with --backend onnx.
+Needs optimum, in an environment of its own; in a checkout of embedserve: pip install ".[export]". The graph is compared
+with the model that it was made from, on texts of 1 to 512 random tokens, and thrown away if the cosine between two
+vectors is below 0.9999 (with --fp16 0.999). Serve it with --backend onnx.
 """
 
 
@@ -189,9 +189,9 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
 def _export(options: argparse.Namespace) -> int:
     from embedserve.models import export
 
-    folder = catalog.locate(options.model, _settings(options).models_dir)
+    name, folder = served.locate(options.model, _settings(options).models_dir)
     made = export.export(
-        catalog.configure(folder, options.model),
+        catalog.configure(folder, name),
         half=options.fp16,
         optimize=options.optimize,
         output=options.output,
@@ -207,12 +207,22 @@ def _export(options: argparse.Namespace) -> int:
 def _target_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
-        type=Path,
+        type=parsers.path,
         metavar="DIR",
-        default=Path(os.environ.get(f"{config.ENV_PREFIX}MODELS_DIR") or "models"),
-        help=f"the models directory; a model gets the folder of its id in it [{config.ENV_PREFIX}MODELS_DIR; default "
-        "models]",
+        help="the models directory; a model gets the folder of its id in it; default: the server's "
+        f"[{config.ENV_PREFIX}MODELS_DIR]",
     )
+    config.add_options(parser, [])
+
+
+def _target(options: argparse.Namespace) -> Path:
+    target: Path | None = options.to or _settings(options).models_dir
+    if target is None:
+        raise ConfigError(f"expected a models directory to write to: --to DIR, or {config.ENV_PREFIX}MODELS_DIR")
+    if os.path.lexists(target / "__init__.py"):
+        # As in a clone of this very project, where `models` is no folder of weights.
+        raise ConfigError(f"{target} is a Python package, it has __init__.py; expected a folder for models alone")
+    return target
 
 
 def _pull_options(parser: argparse.ArgumentParser) -> None:
@@ -227,8 +237,9 @@ def _pull_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _pull(options: argparse.Namespace) -> int:
-    place = hub.pull(options.model, options.to, revision=options.revision, onnx=options.onnx, tell=_tell)
-    _tell(f"serve it with: embedserve serve --models-dir {options.to} --model {place.relative_to(options.to)}")
+    target = _target(options)
+    place = hub.pull(options.model, target, revision=options.revision, onnx=options.onnx, tell=_tell)
+    _tell(f"serve it with: embedserve serve --models-dir {target} --model {place.relative_to(target)}")
     return 0
 
 
@@ -285,7 +296,7 @@ def _unpack_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _unpack(options: argparse.Namespace) -> int:
-    for manifest in bundle.unpack(options.bundle, options.to):
+    for manifest in bundle.unpack(options.bundle, _target(options)):
         _tell(_line(manifest))
     return 0
 

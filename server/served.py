@@ -17,7 +17,7 @@ from embedserve.server.errors import UnknownModelError
 from embedserve.server.tokenizer import Tokenizer
 from embedserve.server.upstreams import closed_model
 
-__all__ = ["LocalModel", "RelayedModel", "ServedModel", "ServedModels", "find_models"]
+__all__ = ["LocalModel", "RelayedModel", "ServedModel", "ServedModels", "find_models", "locate"]
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def find_models(config: ServerConfig) -> ServedModels:
 
 def _load(argument: str, models_dir: Path | None) -> LocalModel:
     """The model that `--model` says."""
-    name, folder = _locate(argument, models_dir)
+    name, folder = locate(argument, models_dir)
     if not (name.isascii() and name.isprintable()):
         raise ConfigError(f"--model: {name!r} cannot be an id, which goes into headers: use ASCII, NAME=FOLDER")
     config = catalog.configure(folder, name)
@@ -307,8 +307,8 @@ def _with_settings(model: ServedModel, given: Mapping[str, Any]) -> ServedModel:
     return dataclasses.replace(model, settings=settings)
 
 
-def _locate(argument: str, models_dir: Path | None) -> tuple[str, Path]:
-    """What `--model` says → the id to serve under, and the folder."""
+def locate(argument: str, models_dir: Path | None) -> tuple[str, Path]:
+    """What `--model` says → the id to serve under, and the folder. Raises `ConfigError` or `ModelError`."""
     name, equals, folder = argument.partition("=")
     if equals and name and not argument.startswith(("/", ".", "~")):
         return name, _folder(folder)

@@ -10,7 +10,9 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from embedserve.models import export
 from embedserve.models.catalog import locate
+from embedserve.models.config import ModelConfig
 from embedserve.server.cli import COMMANDS, main
 from tests.models.hub_stand_in import COMMIT, Hub, Repository
 
@@ -67,12 +69,14 @@ def test_from_the_hub_through_one_file_into_a_closed_network(stand_in: Hub, tmp_
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["pull", "acme/nothing"], "has no such model"),
-        (["pull", "nothing"], "not in the catalogue"),
+        (["pull", "acme/nothing", "--to", "weights"], "has no such model"),
+        (["pull", "nothing", "--to", "weights"], "not in the catalogue"),
+        (["pull", "acme/mini"], "expected a models directory to write to: --to DIR, or EMBEDSERVE_MODELS_DIR"),
+        (["unpack", "weights.tar"], "expected a models directory to write to: --to DIR, or EMBEDSERVE_MODELS_DIR"),
         (["pack", "nowhere", "-o", "bundle.tar"], "nowhere: no such folder"),
         (["pack", "nowhere"], "the following arguments are required: -o/--output"),
         (["verify", "nowhere"], "nowhere: no such folder or bundle"),
-        (["unpack", "nowhere.tar"], "nowhere.tar: not a bundle"),
+        (["unpack", "nowhere.tar", "--to", "weights"], "nowhere.tar: not a bundle"),
         (["convert", "nowhere"], "nowhere: no such folder"),
         (["nothing"], "invalid choice: 'nothing'"),
         ([], "the following arguments are required: COMMAND"),
@@ -94,6 +98,46 @@ def test_what_cannot_be_done_is_one_line_and_status_2(
     assert line.startswith("embedserve: ")
     assert words in line
     assert not list(tmp_path.iterdir())
+
+
+def test_the_models_directory_of_the_settings_is_written_to(stand_in: Hub, tmp_path: Path) -> None:
+    stand_in.repositories["acme/mini"] = Repository(FILES)
+    (tmp_path / "embedserve.toml").write_text('models_dir = "~/from-file"')
+    home = {"HOME": str(tmp_path), "HF_ENDPOINT": stand_in.url}
+    embedserve("pull", "acme/mini", EMBEDSERVE_MODELS_DIR="~/from-environment", **home)
+    embedserve("pull", "acme/mini", "--config", tmp_path / "embedserve.toml", **home)
+    embedserve("pull", "acme/mini", "--to=~/from-flag", EMBEDSERVE_MODELS_DIR="~/other", **home)
+    assert sorted(path.parents[2].name for path in tmp_path.glob("*/acme/mini/config.json")) == [
+        "from-environment",
+        "from-file",
+        "from-flag",
+    ]
+
+
+@pytest.mark.parametrize("command", [["pull", "acme/mini"], ["unpack", "weights.tar"]])
+def test_a_python_package_is_no_models_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    (tmp_path / "__init__.py").touch()
+    assert status(*command, "--to", tmp_path) == 2
+    assert f"{tmp_path} is a Python package, it has __init__.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("named", ["{folder}", "own={folder}", "all-minilm-l6-v2"])
+def test_export_takes_a_model_as_serve_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    taken: list[ModelConfig] = []
+
+    def exported(config: ModelConfig, **_: object) -> str:
+        taken.append(config)
+        return "exported"
+
+    monkeypatch.setattr(export, "export", exported)
+    folder = locate("all-MiniLM-L6-v2", None)
+    assert status("export", named.format(folder=folder), "--to", "onnx", "-o", tmp_path) == 0
+    assert [config.folder for config in taken] == [folder]
+    assert capsys.readouterr().out == "exported\n"
 
 
 def test_convert_says_what_it_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
