@@ -5,7 +5,7 @@ The way of a request:
     front_end.py    a process with uvicorn; several may share the port
       protocol.py   HTTP/1.1 on a connection
       app.py        routes and errors put together
-      exchange.py   the request's id, body, headers, log line
+      exchange.py   the request's id, body (gunzip.py), headers, log line
       routes.py     the endpoints: parse → embed → encode
         auth.py, limits.py      who may call, and how often
         schemas.py              JSON → request, or an error that names the field
@@ -13,7 +13,7 @@ The way of a request:
       embedding.py  a request → its arrays
         token_arrays.py         cl100k ids → text
         tokenizer.py            text → token ids (text_prefix.py: of as much of it as counts)
-        images.py               base64 → pixels
+        images.py               base64 → pixels (image_files.py: files without their metadata)
       client.py     what it calls to have them run
         wire.py, arrays.py      frames between the processes, and the arrays in them
       relay.py      what it calls where the model runs elsewhere (upstreams.py)

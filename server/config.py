@@ -71,7 +71,7 @@ class ServerConfig:
         (DEFAULT_MODEL,),
         parsers.text,
         "a model to serve: an id of the catalogue (see `embedserve models`), a checkpoint folder, or NAME=FOLDER to "
-        "serve the folder under a name; may be given several times",
+        "serve the folder under a name; may be given several times; none where the file has upstreams and no model",
         metavar="ID|FOLDER",
         group="Models",
     )
@@ -247,11 +247,14 @@ def _split(text: str) -> list[str]:
 
 
 def load(flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> ServerConfig:
-    """The settings: flags over environment over file over defaults. Raises `ConfigError`."""
+    """The settings: flags over environment over file over defaults. Raises `ConfigError`.
+
+    The default model is for those who configured nothing: with upstreams alone, nothing runs here.
+    """
     chosen: dict[str, Any] = {}
     path = flags.get("config") or environment.get(f"{ENV_PREFIX}CONFIG")
     if path:
-        chosen |= _from_file(Path(path).expanduser(), environment)
+        chosen |= _from_file(Path(path).expanduser())
     for name, option in _OPTIONS.items():
         variable = f"{ENV_PREFIX}{name.upper()}"
         text = environment.get(variable)
@@ -264,6 +267,8 @@ def load(flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ) 
         for key in _keys_of(chosen["api_keys_file"]):
             name = "internal_key" if key.internal else "api_key"
             chosen[name] = (*chosen.get(name, ()), key)
+    if chosen.get("upstreams"):
+        chosen.setdefault("model", ())
     config = ServerConfig(**chosen)
     _refuse_twice("key name", [key.name for key in config.keys])
     return config
@@ -275,7 +280,7 @@ def _refuse_twice(what: str, names: Sequence[str]) -> None:
             raise ConfigError(f"the {what} {name!r} is given twice")
 
 
-def _from_file(path: Path, environment: Mapping[str, str]) -> dict[str, Any]:
+def _from_file(path: Path) -> dict[str, Any]:
     try:
         content = tomllib.loads(_read(path, "--config"))
     except tomllib.TOMLDecodeError as error:
@@ -288,7 +293,7 @@ def _from_file(path: Path, environment: Mapping[str, str]) -> dict[str, Any]:
         elif name == "aliases":
             chosen[name] = read_aliases(value, where)
         elif name == "upstreams":
-            chosen[name] = read_upstreams(value, where, environment)
+            chosen[name] = read_upstreams(value, where)
         elif name in _OPTIONS:
             chosen[name] = _parse(_OPTIONS[name], value, where)
         else:

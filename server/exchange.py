@@ -6,7 +6,6 @@ import math
 import re
 import secrets
 import time
-import zlib
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -24,6 +23,7 @@ from embedserve.server.errors import (
     InvalidRequestError,
     OverloadedError,
 )
+from embedserve.server.gunzip import GzipError, GzipTooLargeError, gunzip
 from embedserve.server.wire import Charged, RequestReport
 
 __all__ = [
@@ -40,10 +40,6 @@ log = logging.getLogger("embedserve.request")
 
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 """A caller's own request id is kept when it is short, visible ASCII: it goes into logs and headers."""
-
-_GZIP_PIECE = 1 << 16
-_GZIP_MEMBERS = 10_000
-"""Members of a gzip body: files put together have a few, and a body of empty ones would have a million."""
 
 _WATCH_AFTER = 0.02
 """Seconds after which it is worth to notice that a client has hung up."""
@@ -225,34 +221,13 @@ async def read_body(request: Request, limit: int) -> bytes:
     body = b"".join(pieces)
     if encoding in ("gzip", "x-gzip"):
         # Off the event loop: it takes 0.13 s to unpack the largest body, and needs no lock of Python's meanwhile.
-        body = await asyncio.to_thread(_gunzip, body, limit)
-    return body
-
-
-def _gunzip(body: bytes, limit: int) -> bytes:
-    unpacked = bytearray()
-    position = members = 0
-    inflater = None
-    while position < len(body):
-        if inflater is None:
-            members += 1
-            if members > _GZIP_MEMBERS:
-                raise InvalidRequestError(f"The body of the request has more than {_GZIP_MEMBERS} gzip members")
-            inflater = zlib.decompressobj(wbits=31)
-        # A piece at a time: what stands behind the end of a member is copied for each member.
-        piece = body[position : position + _GZIP_PIECE]
         try:
-            unpacked += inflater.decompress(piece, limit + 1 - len(unpacked))
-        except zlib.error as error:
-            raise InvalidRequestError(f"The body of the request is not valid gzip data: {error}") from None
-        if len(unpacked) > limit:
-            raise BodyTooLargeError(limit)
-        position += len(piece) - len(inflater.unused_data)
-        if inflater.eof:
-            inflater = None
-    if inflater is not None:
-        raise InvalidRequestError("The body of the request is not valid gzip data: it ends too early")
-    return bytes(unpacked)
+            body = await asyncio.to_thread(gunzip, body, limit)
+        except GzipTooLargeError:
+            raise BodyTooLargeError(limit) from None
+        except GzipError as error:
+            raise InvalidRequestError(f"The body of the request {error}") from None
+    return body
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

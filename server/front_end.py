@@ -55,7 +55,7 @@ async def serve(
     if models.relayed:
         from embedserve.server.relay import Relay  # brings an HTTP client, which few servers need
 
-        relay = Relay()
+        relay = Relay(models.relayed)
     images = ImagePool(IMAGE_THREADS)
     embedder = Embedder(config, client, tokenizers, images, Vocabulary(config.cl100k_file), relay)
     endpoints = Endpoints(config, models, client, embedder)

@@ -1,10 +1,11 @@
 """The models that requests may name: from what the operator configured to settings, prompts and tokenizer. No torch."""
 
 import dataclasses
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -154,9 +155,13 @@ class LocalModel(_Model):
 
 @dataclass(frozen=True)
 class RelayedModel(_Model):
-    """A model whose requests go to an upstream. `created`: when this server began to offer it."""
+    """A model whose requests go to an upstream. `created`: when this server began to offer it.
+
+    key: what the upstream asks for, if anything. It is never printed.
+    """
 
     upstream: Upstream
+    key: str | None = field(repr=False)
 
     @property
     def size(self) -> int:
@@ -230,15 +235,16 @@ class ServedModels:
         return model
 
 
-def find_models(config: ServerConfig) -> ServedModels:
-    """Find every model that the configuration names, read its settings and load its tokenizer.
+def find_models(config: ServerConfig, environment: Mapping[str, str] = os.environ) -> ServedModels:
+    """Find every model that the configuration names, read its settings and load its tokenizer; the keys of upstreams
+    come from the environment.
 
     Raises `ConfigError`, `ModelError` or `TokenizerError`, whose messages name the model, the file and the remedy.
     """
     if config.models_dir is not None and not config.models_dir.is_dir():
         raise ConfigError(f"--models-dir: there is no folder {config.models_dir}")
     models: list[ServedModel] = [_load(argument, config.models_dir) for argument in config.model]
-    models += [_relay(name, upstream) for name, upstream in config.upstreams.items()]
+    models += [_relay(name, upstream, environment) for name, upstream in config.upstreams.items()]
     if not models:
         raise ConfigError("--model: expected a model to serve, or an upstream in the file of --config")
     given = {name.lower(): settings for name, settings in config.model_settings.items()}
@@ -276,8 +282,20 @@ def _load(argument: str, models_dir: Path | None) -> LocalModel:
     return LocalModel(name, name, ModelSettings(), created, config, entry, tokenizer)
 
 
-def _relay(name: str, upstream: Upstream) -> RelayedModel:
-    return RelayedModel(name, name, ModelSettings(**upstream.settings), int(time.time()), upstream)
+def _relay(name: str, upstream: Upstream, environment: Mapping[str, str]) -> RelayedModel:
+    key = None if upstream.key_env is None else _key(upstream.key_env, environment, f"upstreams.{name}")
+    return RelayedModel(name, name, ModelSettings(**upstream.settings), int(time.time()), upstream, key)
+
+
+def _key(variable: str, environment: Mapping[str, str], where: str) -> str:
+    key = environment.get(variable, "").strip()
+    if not key:
+        raise ConfigError(
+            f"{where}: key_env: the environment variable {variable} is not set; it holds the upstream's key"
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"{where}: key_env: expected a key of printable ASCII in the environment variable {variable}")
+    return key
 
 
 def _target(name: str, alias: Alias, config: ServerConfig, models: ServedModels) -> ServedModel:
@@ -311,6 +329,8 @@ def locate(argument: str, models_dir: Path | None) -> tuple[str, Path]:
     """What `--model` says → the id to serve under, and the folder. Raises `ConfigError` or `ModelError`."""
     name, equals, folder = argument.partition("=")
     if equals and name and not argument.startswith(("/", ".", "~")):
+        if not folder:
+            raise ConfigError(f"--model: expected NAME=FOLDER, with a folder, not {argument!r}")
         return name, _folder(folder)
     entry = catalog.find(argument)
     if entry is not None:

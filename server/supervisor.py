@@ -371,6 +371,10 @@ def serve(config: ServerConfig) -> int:
         find_vocabulary(config.cl100k_file)  # a wrong file shall show now, not in some request
     if not config.keys and not _is_loopback(listener):
         log.warning("the server is open to the network: no --api-key is set")
+    if models.relayed:
+        from embedserve.server.relay import Relay  # brings an HTTP client, which few servers need
+
+        Relay(models.relayed)  # a wrong URL, proxy or certificate shall show now, not in each front end
     for relayed in models.relayed:
         log.info("relaying", extra={"model": relayed.id, "upstream": relayed.upstream.base_url})
     for model in models.local:
@@ -379,6 +383,9 @@ def serve(config: ServerConfig) -> int:
         log.info("serving", extra=facts)
         if model.config.assumed & {"pooling", "normalize"}:
             log.warning("the model's files do not say how it pools: this is a convention", extra=facts)
+        if model.entry is not None and (missing := set(model.entry.outputs) - set(model.config.outputs)):
+            facts = {"model": model.id, "outputs": ", ".join(sorted(missing))}
+            log.warning("the model's folder lacks the weights of some of its outputs", extra=facts)
     return Supervisor(config, models, listener).run()
 
 

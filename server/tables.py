@@ -61,6 +61,7 @@ _UPSTREAM: Mapping[str, Parser] = {
     "encoding_format": parsers.choice("float", "base64"),
     "timeout_seconds": parsers.number(0.1, 3600),
     "connect_timeout": parsers.number(0.1, 3600),
+    "request_timeout": parsers.number(0.1, 36_000),
     "retries": parsers.whole(0, 10),
 }
 _UPSTREAM_SETTINGS = ("token_ids", "price", "currency")
@@ -84,7 +85,7 @@ def read_aliases(tables: Any, where: str) -> dict[str, Alias]:
     return aliases
 
 
-def read_upstreams(tables: Any, where: str, environment: Mapping[str, str]) -> dict[str, Upstream]:
+def read_upstreams(tables: Any, where: str) -> dict[str, Upstream]:
     """``[upstreams]``: by model name, filled up with what is known of the closed models. Raises `ConfigError`."""
     upstreams = {}
     for name, table in _rows(tables, where, '[upstreams."text-embedding-3-small"]'):
@@ -95,13 +96,19 @@ def read_upstreams(tables: Any, where: str, environment: Mapping[str, str]) -> d
         known = closed_model(name)
         if known is None and not {"base_url", "dimensions"} <= set(given):
             raise ConfigError(f"{here}: expected base_url and dimensions, since nothing is known of this model")
-        if "key_env" in given:
-            given["key"] = _key(given.pop("key_env"), environment, here)
-        size = given.get("dimensions", known.dimensions if known else 0)
+        size = known.dimensions if known else given["dimensions"]
+        if given.get("dimensions", size) != size:
+            raise ConfigError(
+                f"{here}: dimensions: expected {size}, the full size of this model's vectors, not "
+                f"{given['dimensions']}. The size for requests that do not say is `dimensions` of "
+                f'[model_settings."{name}"]'
+            )
         if "allowed_dimensions" in given:
             given["matryoshka"] = _range(given.pop("allowed_dimensions"), size, here)
-        elif "dimensions" in given and known is not None and known.matryoshka is not None:
-            given["matryoshka"] = DimensionRange(1, size)
+        call = given.get("timeout_seconds", Upstream.timeout_seconds)
+        whole = given.setdefault("request_timeout", max(call, Upstream.request_timeout))
+        if whole < call:
+            raise ConfigError(f"{here}: request_timeout: expected at least timeout_seconds, {call:g}, not {whole:g}")
         if known is None:
             upstreams[name] = Upstream(**{"model": name, **given, "settings": settings})
         else:
@@ -135,15 +142,6 @@ def _read(table: Mapping[str, Any], known: Mapping[str, Parser], where: str, *, 
             came = "" if key == secret else f", not {parsers.show(value)}"
             raise ConfigError(f"{where}: {key}: expected {error}{came}") from None
     return values
-
-
-def _key(name: str, environment: Mapping[str, str], where: str) -> str:
-    key = environment.get(name, "").strip()
-    if not key:
-        raise ConfigError(f"{where}: key_env: the environment variable {name} is not set; it holds the upstream's key")
-    if not (key.isascii() and key.isprintable()):
-        raise ConfigError(f"{where}: key_env: expected a key of printable ASCII in the environment variable {name}")
-    return key
 
 
 def _range(allowed: tuple[int, ...] | str, size: int, where: str) -> DimensionRange:

@@ -14,15 +14,17 @@ __all__ = ["CLOSED", "Upstream", "closed_model"]
 
 @dataclass(frozen=True)
 class Upstream:
-    """An OpenAI-shaped server to which the requests for one model go. The key is never printed.
+    """An OpenAI-shaped server to which the requests for one model go.
 
     base_url: `/embeddings` is added to it. model: what the upstream calls the model.
     dimensions: the full size of a vector. matryoshka: the sizes that a request may ask for instead, or None.
     max_tokens: of an input; only told and checked where tokens come in, since texts are not tokenised here.
     max_inputs: of a call; a request with more becomes several calls.
     encoding_format: what the upstream is asked for. Both are understood in its answers.
-    timeout_seconds: of a call, from its begin to the last byte of its answer; connect_timeout: until it is connected.
+    timeout_seconds: of a call, from its begin to the last byte of its answer; connect_timeout: until it is connected;
+        request_timeout: of a request with all its calls, their retries and the waits between.
     retries: how often a call is made again after failures that may pass.
+    key_env: the environment variable that holds the key for it; None where it asks for none.
     settings: those of the fields of `ModelSettings` that differ from the defaults. With `token_ids` = ``native``, token
         arrays go to the upstream as they came.
     """
@@ -36,8 +38,9 @@ class Upstream:
     encoding_format: str = "float"
     timeout_seconds: float = 60.0
     connect_timeout: float = 5.0
+    request_timeout: float = 300.0
     retries: int = 2
-    key: str | None = field(default=None, repr=False)
+    key_env: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     owned_by: str = "upstream"
     description: str = ""

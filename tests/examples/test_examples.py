@@ -103,9 +103,8 @@ def test_the_samples_aliases_give_vectors_of_the_size_that_programs_expect() -> 
 def test_the_samples_relays_are_valid_once_switched_on(tmp_path: Path) -> None:
     text = re.sub(r"^#(?=\S)", "", SAMPLE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     (tmp_path / "on.toml").write_text(text, encoding="utf-8")
-    keys = {"OPENAI_API_KEY": "one", "ZHIPU_API_KEY": "two"}
-    upstreams = config.load({"config": str(tmp_path / "on.toml")}, keys).upstreams
-    assert {name: upstream.key for name, upstream in upstreams.items()} == {
-        "text-embedding-3-small": "one",
-        "zhipu-embedding-2": "two",
+    upstreams = config.load({"config": str(tmp_path / "on.toml")}, {}).upstreams
+    assert {name: upstream.key_env for name, upstream in upstreams.items()} == {
+        "text-embedding-3-small": "OPENAI_API_KEY",
+        "zhipu-embedding-2": "ZHIPU_API_KEY",
     }

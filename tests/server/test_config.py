@@ -1,5 +1,7 @@
 """Where settings come from, which source wins, and what is said when one is wrong."""
 
+import importlib.util
+import os
 import socket
 import subprocess
 import sys
@@ -60,11 +62,32 @@ def test_an_alias_is_an_id_or_a_table(tmp_path: Path) -> None:
 def test_an_upstream_of_a_known_model_needs_no_more_than_its_name_and_the_key(tmp_path: Path) -> None:
     file = tmp_path / "server.toml"
     file.write_text('[upstreams."Text-Embedding-3-Large"]\nkey_env = "OPENAI_API_KEY"\ncurrency = "EUR"\n')
-    [(name, upstream)] = load({"config": str(file)}, {"OPENAI_API_KEY": " sk-1 "}).upstreams.items()
+    config = load({"config": str(file)}, {})
+    [(name, upstream)] = config.upstreams.items()
     assert name == "Text-Embedding-3-Large"
     known = CLOSED["text-embedding-3-large"]
-    assert upstream == replace(known, key="sk-1", settings={"token_ids": "native", "currency": "EUR"})
-    assert "sk-1" not in repr(upstream)
+    settings = {"token_ids": "native", "currency": "EUR"}
+    assert upstream == replace(known, key_env="OPENAI_API_KEY", settings=settings)
+    [model] = find_models(config, {"OPENAI_API_KEY": " sk-1 "}).relayed
+    assert model.key == "sk-1"
+    assert "sk-1" not in repr(model)
+
+
+def test_with_upstreams_alone_nothing_runs_here(tmp_path: Path) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text('[upstreams."text-embedding-3-small"]\n')
+    assert load({"config": str(file)}, {}).model == ()
+    assert load({"config": str(file)}, {"EMBEDSERVE_MODEL": "BAAI/bge-m3"}).model == ("BAAI/bge-m3",)
+    file.write_text("[upstreams]\n")
+    assert load({"config": str(file)}, {}).model == ServerConfig().model
+
+
+def test_a_request_may_take_as_long_as_one_of_its_calls(tmp_path: Path) -> None:
+    file = tmp_path / "server.toml"
+    for line, whole in (("", 300), ("timeout_seconds = 20", 300), ("timeout_seconds = 900", 900)):
+        file.write_text(f"[upstreams.zhipu-embedding-2]\n{line}\n")
+        [upstream] = load({"config": str(file)}, {}).upstreams.values()
+        assert upstream.request_timeout == whole
 
 
 def test_an_upstream_of_any_other_model(tmp_path: Path) -> None:
@@ -74,7 +97,7 @@ def test_an_upstream_of_any_other_model(tmp_path: Path) -> None:
         "allowed_dimensions = [1024, 256]\nmodel = 'embedding-3'\n"
     )
     upstream = load({"config": str(file)}, {}).upstreams["ours"]
-    assert (upstream.base_url, upstream.model, upstream.key) == ("http://10.0.0.7:8080/v1", "embedding-3", None)
+    assert (upstream.base_url, upstream.model, upstream.key_env) == ("http://10.0.0.7:8080/v1", "embedding-3", None)
     assert upstream.matryoshka == DimensionRange(256, 1024, (256, 1024))
 
 
@@ -129,9 +152,10 @@ def test_kubernetes_variable_of_a_service_called_embedserve_is_no_port() -> None
         ({}, {}, "[upstreams.zhipu-embedding-2]\nbase_url = 'http://me:secret@a/v1'", "without a user, a key"),
         ({}, {}, "[upstreams.zhipu-embedding-2]\nbase_url = 'http://a:99999/v1'", "base_url: expected a URL"),
         ({}, {}, "[upstreams.zhipu-embedding-2]\nbase_url = 'http:///v1'", "base_url: expected a URL"),
-        ({}, {}, "[upstreams.zhipu-embedding-2]\nkey_env = 'ZHIPU_KEY'", "variable ZHIPU_KEY is not set"),
-        ({}, {"ZHIPU_KEY": "\n"}, "[upstreams.zhipu-embedding-2]\nkey_env = 'ZHIPU_KEY'", "is not set"),
-        ({}, {"ZHIPU_KEY": "ü"}, "[upstreams.zhipu-embedding-2]\nkey_env = 'ZHIPU_KEY'", "a key of printable ASCII"),
+        ({}, {}, "[upstreams.Text-Embedding-3-Small]\ndimensions = 512", '[model_settings."Text-Embedding-3-Small"]'),
+        ({}, {}, "[upstreams.text-embedding-ada-002]\ndimensions = 512", "dimensions: expected 1536, the full size"),
+        ({}, {}, "[upstreams.zhipu-embedding-2]\ndimensions = 2048", "dimensions: expected 1024, the full size"),
+        ({}, {}, "[upstreams.zhipu-embedding-2]\nrequest_timeout = 59", "at least timeout_seconds, 60, not 59"),
         ({}, {}, "[upstreams.zhipu-embedding-2]\nretries = 99", "retries: expected a whole number from 0 to 10"),
         ({}, {}, "[upstreams.zhipu-embedding-2]\ntimeout_seconds = 0", "expected a number of at least 0.1, at most"),
         ({}, {}, "[upstreams.zhipu-embedding-2]\nallowed_dimensions = [2048]", "sizes of at most 1024"),
@@ -161,7 +185,28 @@ def test_a_key_in_the_place_of_its_variable_is_not_repeated(tmp_path: Path) -> N
         assert "hunter2" not in str(caught.value)
 
 
-ALIAS_OF_MINILM = 'model = "all-MiniLM-L6-v2"'
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({}, "upstreams.zhipu-embedding-2: key_env: the environment variable ZHIPU_KEY is not set"),
+        ({"ZHIPU_KEY": "\n"}, "ZHIPU_KEY is not set"),
+        ({"ZHIPU_KEY": "\u00fc"}, "a key of printable ASCII"),
+    ],
+)
+def test_a_key_is_missed_by_what_serves_and_by_nothing_else(
+    environment: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text("[upstreams.zhipu-embedding-2]\nkey_env = 'ZHIPU_KEY'")
+    config = load({"config": str(file)}, environment)
+    with pytest.raises(ConfigError) as caught:
+        find_models(config, environment)
+    assert message in str(caught.value)
+
+
+MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+MINILM = 'model = "all-MiniLM-L6-v2"\n'
+ALIAS_OF_MINILM = MINILM.strip()
 
 
 @pytest.mark.parametrize(
@@ -174,7 +219,7 @@ ALIAS_OF_MINILM = 'model = "all-MiniLM-L6-v2"'
         (f"[aliases]\nx = {{ {ALIAS_OF_MINILM}, dimensions = 64 }}", "x: dimensions: expected 384, the size of"),
         (f"[aliases]\nx = {{ {ALIAS_OF_MINILM}, default_prompt_name = 'q' }}", "has no prompt 'q'; it has none"),
         ("[upstreams.text-embedding-3-small]\n[model_settings.text-embedding-3-small]\ndimensions = 1537", "1 to 1536"),
-        ("[upstreams.'sentence-transformers/ALL-MiniLM-L6-v2']\nbase_url = 'http://a'\ndimensions = 1", "two models"),
+        (f"{MINILM}[upstreams.'{MODEL.upper()}']\nbase_url = 'http://a'\ndimensions = 1", "two models"),
         ('[model_settings."BAAI/bge-m3"]\nprice = 1', "BAAI/bge-m3: no such model is served"),
         ("model = []", "expected a model to serve, or an upstream"),
     ],
@@ -189,7 +234,7 @@ def test_names_that_cannot_be(content: str, message: str, tmp_path: Path) -> Non
 
 def test_a_whole_name_comes_before_the_end_of_another(tmp_path: Path) -> None:
     file = tmp_path / "server.toml"
-    file.write_text("[upstreams.all-MiniLM-L6-v2]\nbase_url = 'http://10.0.0.7/v1'\ndimensions = 384\n")
+    file.write_text(f"{MINILM}[upstreams.all-MiniLM-L6-v2]\nbase_url = 'http://10.0.0.7/v1'\ndimensions = 384\n")
     models = find_models(load({"config": str(file)}, {}))
     assert models.get("all-minilm-l6-v2") is models.relayed[0]
     assert models.get("sentence-transformers/all-minilm-l6-v2") is models.local[0]
@@ -209,6 +254,7 @@ def test_a_wrong_key_is_not_repeated() -> None:
         (["--no-such-option"], "unrecognized arguments: --no-such-option"),
         (["--model", "./does-not-exist"], "there is no folder"),
         (["--model", "nobody/nothing"], "nobody/nothing"),
+        (["--model", "ours="], "--model: expected NAME=FOLDER, with a folder, not 'ours='"),
         (["--models-dir", "/does/not/exist"], "--models-dir: there is no folder /does/not/exist"),
         (["--device", "cuda:77"], "cuda:77"),
         (["--dtype", "float16", "--device", "cpu"], "float16"),
@@ -228,6 +274,59 @@ def test_the_command_says_what_is_wrong_in_one_line(arguments: list[str], messag
     assert message in done.stderr
     assert done.stderr.startswith("embedserve: ")
     assert done.stderr.count("\n") == 1, done.stderr
+
+
+SOCKS = pytest.mark.skipif(importlib.util.find_spec("socksio") is not None, reason="this httpx speaks SOCKS")
+
+
+@pytest.mark.parametrize(
+    ("base_url", "environment", "message"),
+    [
+        ("http://256.256.256.256/v1", {}, "upstreams.ours: base_url: expected a URL such as"),
+        ("http://[v1.x]/v1", {}, "upstreams.ours: base_url: expected a URL such as"),
+        ("http://xn--/v1", {}, "upstreams.ours: base_url: expected a URL such as"),
+        ("http://a/v1", {"SSL_CERT_FILE": "/nonexistent"}, "SSL_CERT_FILE=/nonexistent: No such file or directory"),
+        ("http://a/v1", {"SSL_CERT_FILE": __file__}, "certificates cannot be read"),
+        pytest.param("http://a/v1", {"ALL_PROXY": "socks5://me:hunter2@p:1"}, "pip install", marks=SOCKS),
+        ("http://a/v1", {"ALL_PROXY": "gopher://me:hunter2@p:1"}, "(ALL_PROXY): expected a URL such as http://proxy:"),
+        ("http://a/v1", {"https_proxy": "http://me:hunter2/3@p:1"}, "(https_proxy): expected a URL such as"),
+    ],
+)
+def test_an_upstream_that_could_never_be_reached_ends_the_command(
+    base_url: str, environment: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text(f"[upstreams.ours]\nbase_url = '{base_url}'\ndimensions = 4\n")
+    proxies = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+    clean = {name: value for name, value in os.environ.items() if name.lower() not in proxies}
+    done = subprocess.run(
+        [sys.executable, "-m", "embedserve.server.cli", "serve", "--port", "0", "--config", str(file)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**clean, **environment},
+    )
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert done.stderr.startswith("embedserve: upstreams")
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "hunter2" not in done.stderr
+
+
+def test_other_commands_need_no_upstream_s_key(tmp_path: Path) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text("[upstreams.zhipu-embedding-2]\nkey_env = 'NO_SUCH_KEY'\n")
+    for command, status in (("models", 0), ("serve", 2)):
+        done = subprocess.run(
+            [sys.executable, "-m", "embedserve.server.cli", command, "--config", str(file)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == status, done.stderr
+        assert ("NO_SUCH_KEY is not set" in done.stderr) == (status == 2)
 
 
 def test_an_alias_without_its_model_ends_the_command(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Models that run elsewhere: what goes to their upstream, and what becomes of each way in which it can fail."""
 
+import asyncio
 import base64
 import gzip
 import json
@@ -7,6 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,17 @@ base_url = "{url}"
 dimensions = 4
 timeout_seconds = 0.3
 
+[upstreams.dawdling]
+base_url = "{url}"
+dimensions = 4
+timeout_seconds = 0.5
+request_timeout = 1
+retries = 10
+
+[upstreams.hanging]
+base_url = "{stuck}"
+dimensions = 4
+
 [upstreams.unreachable]
 base_url = "http://127.0.0.1:{closed}/v1"
 dimensions = 4
@@ -82,10 +95,17 @@ def upstream() -> Iterator[Upstream]:
 
 
 @pytest.fixture(scope="module")
-def relaying(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+def stuck() -> Iterator[Upstream]:
+    """Another upstream, for tests with two."""
+    with Upstream() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def relaying(upstream: Upstream, stuck: Upstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """A server that only relays, and logs all that it can."""
     file = tmp_path_factory.mktemp("relay") / "embedserve.toml"
-    file.write_text(SETTINGS.format(url=upstream.url, closed=closed_port()))
+    file.write_text(SETTINGS.format(url=upstream.url, stuck=stuck.url, closed=closed_port()))
     options = ("--config", str(file), "--log-level", "debug", "--api-key", f"tests={CLIENT_KEY}")
     with RunningServer(*options, environment={"UPSTREAM_KEY": UPSTREAM_KEY, **NO_PROXY}) as running:
         yield running
@@ -189,6 +209,12 @@ def test_a_few_calls_run_at_a_time(embed: Embed, upstream: Upstream) -> None:
     assert 2 <= most <= 4
 
 
+def test_a_call_has_no_more_inputs_than_its_answer_can_be_read_at_once(embed: Embed, upstream: Upstream) -> None:
+    answer = embed(["a"] * 200)  # of 2048 that this upstream takes; an answer may have 8 MiB, and 32 bytes a float
+    assert vectors(answer).shape == (200, 1536)
+    assert sorted(call.rows for call in upstream.calls) == [33, 167]
+
+
 def test_the_upstream_s_index_counts_and_not_its_order(embed: Embed, upstream: Upstream) -> None:
     def shuffled(call: Call) -> None:
         body = good(call)
@@ -200,10 +226,10 @@ def test_the_upstream_s_index_counts_and_not_its_order(embed: Embed, upstream: U
 
 
 def test_packed_answers_are_unpacked(embed: Embed, upstream: Upstream) -> None:
-    def packed(call: Call) -> None:
+    def pack(call: Call) -> None:
         call.answer(200, gzip.compress(json.dumps(good(call)).encode()), [("content-encoding", "gzip")])
 
-    upstream.script(packed)
+    upstream.script(pack)
     assert np.array_equal(vectors(embed("a")), [vector_of("a", 1536)])
 
 
@@ -320,6 +346,14 @@ def redirect(call: Call) -> None:
     call.answer(307, b"", [("location", "/v1/embeddings")])
 
 
+def packed(*encodings: str) -> Behaviour:
+    """64 MiB of blanks, packed as often as there are encodings."""
+    body = b" " * (64 << 20)
+    for _ in encodings:
+        body = gzip.compress(body, 1)
+    return lambda call: call.answer(200, body, [("content-encoding", one) for one in encodings])
+
+
 def huge(call: Call) -> None:
     call.send(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n" + b" " * (1 << 22))
     call.close()
@@ -327,36 +361,44 @@ def huge(call: Call) -> None:
 
 UNUSABLE: dict[str, tuple[Behaviour, str]] = {
     "fewer vectors": (changed(lambda body: body["data"].pop()), "1 vectors for 2 inputs"),
-    "more vectors": (changed(lambda body: body["data"].append({"index": 2})), "3 vectors for 2 inputs"),
+    "more vectors": (changed(lambda body: body["data"].append(body["data"][0])), "3 vectors for 2 inputs"),
     "an index twice": (changed(lambda body: body["data"][0].update(index=1)), "which vector is which"),
-    "an index that is none": (changed(lambda body: body["data"][0].update(index="0")), "which vector is which"),
+    "an index that is none": (changed(lambda body: body["data"][0].update(index="0")), "`$.data[0].index`"),
     "an index too many": (changed(lambda body: body["data"][0].update(index=2)), "which vector is which"),
-    "no index": (changed(lambda body: body["data"][0].pop("index")), "which vector is which"),
+    "no index": (changed(lambda body: body["data"][0].pop("index")), "required field `index`"),
     "short vectors": (embedding([0.5] * 1535), "1535 numbers, not 1536"),
     "empty vectors": (embedding([]), "0 numbers, not 1536"),
-    "null": (embedding(None), "a vector is none"),
-    "null in a vector": (embedding([None] * 1536), "a vector is none"),
-    "texts in a vector": (embedding(["0.5"] * 1536), "a vector is none"),
-    "booleans in a vector": (embedding([True] * 1536), "a vector is none"),
-    "nested vectors": (embedding([[0.5] * 1536]), "a vector is none"),
+    "null": (embedding(None), "got `null` - at `$.data[1].embedding`"),
+    "null in a vector": (embedding([None] * 1536), "got `null` - at `$.data[1].embedding[0]`"),
+    "texts in a vector": (embedding(["0.5"] * 1536), "got `str`"),
+    "booleans in a vector": (embedding([True] * 1536), "got `bool`"),
+    "nested vectors": (embedding([[0.5] * 1536]), "got `array`"),
     "what float32 cannot hold": (embedding([1e300] * 1536), "not finite"),
     "NaN in base64": (embedding(base64.b64encode(b"\0\0\xc0\x7f" * 1536).decode()), "not finite"),
     "short base64": (embedding(base64.b64encode(b"\0\0\0\0" * 100).decode()), "100 numbers, not 1536"),
     "cut base64": (embedding(base64.b64encode(b"\0" * 6143).decode()), "not base64 of float32"),
     "no base64": (embedding("*" * 8192), "not base64"),
-    "no vector": (changed(lambda body: body["data"][0].pop("embedding")), "a vector is none"),
-    "no data": (changed(lambda body: body.pop("data")), "no list of vectors"),
-    "data of another type": (changed(lambda body: body.update(data={"a": 1})), "no list of vectors"),
-    "items of another type": (changed(lambda body: body.update(data=[1, 2])), "no list of vectors"),
+    "no vector": (changed(lambda body: body["data"][0].pop("embedding")), "required field `embedding`"),
+    "no data": (changed(lambda body: body.pop("data")), "required field `data`"),
+    "data of another type": (changed(lambda body: body.update(data={"a": 1})), "got `object` - at `$.data`"),
+    "items of another type": (changed(lambda body: body.update(data=[1, 2])), "got `int` - at `$.data[0]`"),
     "no usage": (changed(lambda body: body.pop("usage")), "how many tokens"),
     "negative usage": (changed(lambda body: body.update(usage={"prompt_tokens": -1})), "how many tokens"),
+    "usage that no one has": (changed(lambda body: body.update(usage={"prompt_tokens": 2**63})), "how many tokens"),
+    "usage past 64 bits": (changed(lambda body: body.update(usage={"prompt_tokens": 2**64})), "how many tokens"),
+    "usage of another type": (changed(lambda body: body.update(usage={"prompt_tokens": "6"})), "usage.prompt_tokens"),
+    "a million brackets": (reply(200, b'{"x":' + b"[" * 50_000), "not JSON"),
+    "no UTF-8": (reply(200, b'{"data":[{"index":0,"embedding":"\xff"}]}'), "not JSON"),
     "a NaN": (reply(200, b'{"data":[{"index":0,"embedding":[NaN]},{"index":1,"embedding":[NaN]}]}'), "not JSON"),
     "HTML": (reply(200, b"<html>Please log in</html>"), "not JSON"),
     "half of the JSON": (reply(200, b'{"object":"list","data":[{"index":0,'), "not JSON"),
     "nothing": (reply(200), "not JSON"),
-    "a list": (reply(200, []), "no list of vectors"),
+    "a list": (reply(200, []), "Expected `object`, got `array`"),
     "no content": (reply(204), "status 204"),
     "not packed as it says": (reply(200, b"{}", content_encoding="gzip"), "not packed as it says"),
+    "packed by something else": (reply(200, b"{}", content_encoding="br"), "than once with gzip"),
+    "packed twice": (packed("gzip", "gzip"), "than once with gzip"),
+    "a giant, packed": (packed("gzip"), "larger than"),
     "a giant": (huge, "larger than"),
     "a redirect": (redirect, "redirects (status 307)"),
     "401": (reply(401, {"error": {"message": "Incorrect API key provided: sk-upstr"}}), "the key of this server"),
@@ -416,6 +458,8 @@ PASSING: dict[str, Behaviour] = {
     "429": reply(429, {"error": {"message": "slow down"}}, retry_after_ms="10"),
     "429 until a date": reply(429, b"", retry_after="Wed, 21 Oct 2015 07:28:00 GMT"),
     "429 until nonsense": reply(429, b"", retry_after="tomorrow"),
+    "429 until the end of time": reply(429, b"", retry_after="Fri, 31 Dec 9999999999 23:59:59 GMT"),
+    "500 that is packed twice": reply(500, b"", content_encoding="gzip, gzip"),
     "a reset": Call.reset,
     "a connection that ends": Call.close,
     "an answer that is cut short": cut_short,
@@ -438,6 +482,50 @@ def test_an_answer_that_takes_too_long_is_given_up(embed: Embed, upstream: Upstr
     upstream.script(*[slow] * 3)
     assert envelope(embed("a", "hasty"), 503)["code"] == "upstream_unavailable"
     assert len(upstream.calls) == 3
+
+
+def test_a_whole_request_has_an_end(embed: Embed, upstream: Upstream) -> None:
+    upstream.script(*[hang] * 50)
+    error = envelope(embed(["a"] * 33, "dawdling"), 503)  # two calls, each with ten retries
+    assert error["code"] == "upstream_unavailable"
+    assert 2 <= len(upstream.calls) <= 6
+
+
+def test_a_wait_that_would_not_end_in_time_is_not_begun(embed: Embed, upstream: Upstream) -> None:
+    upstream.script(reply(429, b"", retry_after="5"))
+    answer = embed("a", "dawdling")
+    assert envelope(answer, 429)["code"] == "rate_limit_exceeded"
+    assert answer.headers["retry-after"] == "5"
+    assert len(upstream.calls) == 1
+
+
+def test_an_upstream_that_hangs_holds_up_no_other(client: httpx.Client, upstream: Upstream, stuck: Upstream) -> None:
+    upstream.script()
+    stuck.script(*[hang] * 200)
+
+    async def crowd() -> tuple[list[httpx.Response], httpx.Response]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=client.base_url, headers=client.headers, limits=limits) as clients:
+            body = {"model": "hanging", "input": ["a"] * 33}  # two calls each
+            sent = [asyncio.ensure_future(clients.post("/v1/embeddings", json=body, timeout=30)) for _ in range(70)]
+            refused = [await one for one in islice(asyncio.as_completed(sent, timeout=20), 6)]
+            other = await clients.post("/v1/embeddings", json={"model": SMALL, "input": "a"}, timeout=20)
+            waiting = [one for one in sent if not one.done()]
+            assert len(waiting) == 64
+            for one in waiting:
+                one.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+        return refused, other
+
+    refused, other = asyncio.run(crowd())
+    assert {envelope(answer, 503)["code"] for answer in refused} == {"overloaded"}
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
+    assert np.array_equal(vectors(other), [vector_of("a", 1536)])
+    stuck.script()
+    body = {"model": "hanging", "input": "a"}
+    assert eventually(lambda: client.post("/v1/embeddings", json=body).status_code == 200), (
+        "those that gave up made room"
+    )
 
 
 @pytest.mark.parametrize("what", ["500", "a reset", "an answer that is cut short"])
@@ -482,11 +570,13 @@ def test_retry_after_is_waited_for(embed: Embed, upstream: Upstream) -> None:
 @pytest.mark.parametrize(
     ("status", "body", "message", "param", "code"),
     [
-        (400, {"error": {"message": "Too\nbig", "type": "x", "param": "input", "code": "c"}}, "Too big", "input", "c"),
+        (400, {"error": {"message": "Too\nbig", "type": "x", "param": "input", "code": "c"}}, "Too big", "input", None),
+        (400, {"error": {"message": "x", "code": "context_length_exceeded"}}, "x", None, "context_length_exceeded"),
+        (400, {"error": {"message": "x", "param": UPSTREAM_KEY, "code": UPSTREAM_KEY}}, "x", None, None),
         (400, {"error": {"message": "no", "param": 3, "code": 1214}}, "no", None, None),
         (413, {"error": "batch size 40 > 32", "error_type": "Validation"}, "batch size 40 > 32", None, None),
         (422, {"detail": "inputs must not be empty"}, "inputs must not be empty", None, None),
-        (400, {"message": "wrong", "code": "E1"}, "wrong", None, "E1"),
+        (400, {"message": "wrong", "code": "E1"}, "wrong", None, None),
         (400, {"error": {"message": f"key {UPSTREAM_KEY}\x1b[2J\x00 is bad"}}, "key … [2J is bad", None, None),
     ],
 )  # fmt: skip
@@ -549,7 +639,7 @@ def test_relayed_models_are_listed(client: httpx.Client) -> None:
     names = [model["id"] for model in client.get("/v1/models").json()["data"]]
     assert names == [
         SMALL, "text-embedding-ada-002", "Baichuan-Text-Embedding", "zhipu-embedding-2", "ours/little", "hasty",
-        "unreachable", "small-256",
+        "dawdling", "hanging", "unreachable", "small-256",
     ]  # fmt: skip
     listed = {model["id"]: model for model in client.get("/v1/embedding-models").json()["data"]}
     assert list(listed) == names

@@ -91,7 +91,7 @@ def good(call: Call, *, dimensions: int | None = None) -> dict[str, Any]:
 
 SIZES: Mapping[str, int] = {
     "text-embedding-3-small": 1536, "text-embedding-3-large": 3072, "text-embedding-ada-002": 1536,
-    "Baichuan-Text-Embedding": 1024, "embedding-2": 1024, "little": 4, "hasty": 4,
+    "Baichuan-Text-Embedding": 1024, "embedding-2": 1024, "little": 4, "hasty": 4, "dawdling": 4, "hanging": 4,
 }  # fmt: skip
 
 
