@@ -39,8 +39,8 @@ Serve embedding models behind OpenAI's embeddings API.
 Into a network without access to the hub:
 
   embedserve pull BAAI/bge-m3 --to weights        on a machine with access
-  embedserve pack weights -o weights.tar          one file to carry, with a SHA-256 for each file in it
-  embedserve unpack weights.tar --to /srv/models  checks all of them on the way
+  embedserve pack weights -o models.tar           one file to carry, with a SHA-256 for each file in it
+  embedserve unpack models.tar --to /srv/models   checks all of them on the way
 """
 
 _SERVE_EPILOG = """\
