@@ -83,6 +83,9 @@ class Rows:
 def join(name: str, rows: int, parts: Sequence[tuple[Ints, Mapping[str, Rows]]]) -> Rows:
     """One array of all `rows` rows from parts, each with the positions of its rows; a part without it has it empty."""
     found = [(positions, arrays[name]) for positions, arrays in parts if name in arrays]
+    # Most requests fit into one batch.
+    if len(found) == 1 and len(found[0][0]) == rows and _ascend(found[0][0]):
+        return found[0][1]
     counts = np.zeros(rows, dtype=np.int32)
     if not found:
         return Rows(counts, np.empty(0, ARRAYS[name]))
@@ -91,12 +94,16 @@ def join(name: str, rows: int, parts: Sequence[tuple[Ints, Mapping[str, Rows]]])
         np.concatenate([part.counts for _, part in found]), np.concatenate([part.elements for _, part in found])
     )
     counts[positions] = together.counts
-    order = np.argsort(positions)
-    if bool((positions[:-1] < positions[1:]).all()):
+    if _ascend(positions):
         return Rows(counts, together.elements)
+    order = np.argsort(positions)
     if bool((together.counts == together.counts[0]).all()):
         return Rows(counts, together.elements.reshape(len(order), -1)[order].reshape(-1))
     return Rows(counts, np.concatenate([together[row] for row in order]))
+
+
+def _ascend(positions: Ints) -> bool:
+    return len(positions) == 1 or bool((positions[:-1] < positions[1:]).all())
 
 
 def pack(arrays: Mapping[str, Rows]) -> tuple[list[str], list[memoryview]]:
