@@ -408,9 +408,12 @@ def _hub_snapshot(repository: Path, looked: list[str]) -> Path | None:
             revisions.append(snapshots / revision)
     except (OSError, ValueError):
         pass  # no refs/main: the hub's client writes none for a pinned revision
-    if snapshots.is_dir():
-        present = sorted(snapshots.iterdir(), key=lambda place: place.stat().st_mtime, reverse=True)
-        revisions += [place for place in present if place not in revisions]
+    try:
+        if snapshots.is_dir():
+            found_here = sorted(snapshots.iterdir(), key=lambda place: place.stat().st_mtime, reverse=True)
+            revisions += [place for place in found_here if place not in revisions]
+    except OSError as error:
+        raise CheckpointError(f"{snapshots}: cannot be read ({error.strerror}); check its permissions") from error
     for revision_folder in revisions:
         if found := _checkpoint(revision_folder, looked):
             return found

@@ -15,6 +15,7 @@ from typing import Any
 
 from embedserve.models.config import HEADS
 from embedserve.models.errors import CheckpointError
+from embedserve.models.files import open_file, read_file
 from embedserve.models.json_file import load_json
 
 _CONFIGURATION = re.compile(
@@ -117,12 +118,10 @@ def pickles(names: Iterable[str]) -> list[str]:
 def shards_of(index: Path) -> dict[str, str]:
     """Read an index of shards: tensor name → plain file name. Raises CheckpointError."""
     try:
-        with index.open("rb") as opened:
-            raw = opened.read(_MAX_INDEX_BYTES)
-        weight_map = json.loads(raw, object_pairs_hook=_unique)["weight_map"]
+        weight_map = json.loads(read_file(index, _MAX_INDEX_BYTES), object_pairs_hook=_unique)["weight_map"]
     except _TwiceError as error:
         raise CheckpointError(f"{index}: names {error.name!r} twice; copy the file again") from error
-    except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{index}: not a JSON object with a field 'weight_map'; copy the file again") from error
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: field 'weight_map' must map each tensor to a file name; copy the file again")
@@ -207,7 +206,7 @@ def external_data(graph: Path) -> set[str]:
     """
     found: set[str] = set()
     try:
-        with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with open_file(graph) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             _walk(data, 0, len(data), "model", found)
     except (OSError, ValueError, IndexError, RecursionError) as error:
         raise CheckpointError(f"{graph}: not a readable ONNX graph ({error}); get the file again") from error
