@@ -40,9 +40,10 @@ def _key(*, internal: bool) -> Callable[[Any], APIKey]:
     def parse(value: Any) -> APIKey:
         name, equals, secret = parsers.text(value).partition("=")
         # The message must not repeat the value: it holds the key.
+        secret = secret.strip()
         if not (equals and re.fullmatch(r"[\w.-]+", name) and secret and secret.isascii() and secret.isprintable()):
             raise ValueError("NAME=KEY, the name of letters, digits, '.', '_' and '-', the key printable ASCII")
-        return APIKey(name, secret.strip(), internal)
+        return APIKey(name, secret, internal)
 
     return parse
 

@@ -209,6 +209,11 @@ class ServedModels:
             if ids.count(model.id.lower()) > 1:
                 raise ConfigError(f"--model: two models are called {model.id!r}; name one of them: NAME=FOLDER")
             self._by_name[model.id.lower()] = model
+            for other in models:
+                # A model that runs here must not be taken for one elsewhere: its texts would leave the machine.
+                short = {name.lower() for name in other.short_names}
+                if isinstance(model, RelayedModel) and other is not model and model.id.lower() in short:
+                    raise ConfigError(f"upstreams: {model.id!r} is a name of {other.id} already; choose another")
         for alias in aliases:
             if (other := self._by_name.setdefault(alias.name.lower(), alias)) is not alias:
                 raise ConfigError(f"aliases: {alias.name!r} is a name of {other.id} already; choose another")
@@ -247,19 +252,32 @@ def find_models(config: ServerConfig, environment: Mapping[str, str] = os.enviro
     models += [_relay(name, upstream, environment) for name, upstream in config.upstreams.items()]
     if not models:
         raise ConfigError("--model: expected a model to serve, or an upstream in the file of --config")
-    given = {name.lower(): settings for name, settings in config.model_settings.items()}
+    given = _settings_by_listed_name(config, ServedModels(models))
     models = [_with_settings(model, given.get(model.name.lower(), {})) for model in models]
     by_name = ServedModels(models)
     aliases = []
     for name, alias in config.aliases.items():
         model = dataclasses.replace(_target(name, alias, config, by_name), name=name)
         aliases.append(_with_settings(model, {**given.get(name.lower(), {}), **alias.settings}))
-    served = ServedModels(models, aliases)
-    names = {model.name.lower() for model in served}
-    unknown = [name for name in config.model_settings if name.lower() not in names]
-    if unknown:
-        raise ConfigError(f"model_settings: {', '.join(sorted(unknown))}: no such model is served")
-    return served
+    return ServedModels(models, aliases)
+
+
+def _settings_by_listed_name(config: ServerConfig, models: ServedModels) -> dict[str, Mapping[str, Any]]:
+    """The operator's settings by the name under which a model or an alias is listed, in lower case.
+
+    Raises `ConfigError` for a name that means none, and where two names mean one model.
+    """
+    aliases = {name.lower() for name in config.aliases}
+    settings: dict[str, Mapping[str, Any]] = {}
+    for name, given in config.model_settings.items():
+        try:
+            listed = name.lower() if name.lower() in aliases else models.get(name).name.lower()
+        except UnknownModelError:
+            raise ConfigError(f"model_settings: {name}: no such model is served") from None
+        if listed in settings:
+            raise ConfigError(f"model_settings: {name}: the settings of this model stand there twice")
+        settings[listed] = given
+    return settings
 
 
 def _load(argument: str, models_dir: Path | None) -> LocalModel:

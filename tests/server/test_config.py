@@ -220,7 +220,10 @@ ALIAS_OF_MINILM = MINILM.strip()
         (f"[aliases]\nx = {{ {ALIAS_OF_MINILM}, default_prompt_name = 'q' }}", "has no prompt 'q'; it has none"),
         ("[upstreams.text-embedding-3-small]\n[model_settings.text-embedding-3-small]\ndimensions = 1537", "1 to 1536"),
         (f"{MINILM}[upstreams.'{MODEL.upper()}']\nbase_url = 'http://a'\ndimensions = 1", "two models"),
+        # Or texts that are meant for it would leave the machine.
+        (f"{MINILM}[upstreams.all-MiniLM-L6-v2]\nbase_url = 'http://a'\ndimensions = 1", f"is a name of {MODEL} already"),
         ('[model_settings."BAAI/bge-m3"]\nprice = 1', "BAAI/bge-m3: no such model is served"),
+        (f"{MINILM}[model_settings]\nall-MiniLM-L6-v2 = {{ price = 1 }}\n'{MODEL}' = {{ price = 2 }}", "stand there twice"),
         ("model = []", "expected a model to serve, or an upstream"),
     ],
 )  # fmt: skip
@@ -232,12 +235,16 @@ def test_names_that_cannot_be(content: str, message: str, tmp_path: Path) -> Non
     assert message in str(caught.value)
 
 
-def test_a_whole_name_comes_before_the_end_of_another(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["all-MiniLM-L6-v2", "ALL-minilm-l6-v2"])
+def test_settings_go_by_any_name_of_a_model(name: str, tmp_path: Path) -> None:
     file = tmp_path / "server.toml"
-    file.write_text(f"{MINILM}[upstreams.all-MiniLM-L6-v2]\nbase_url = 'http://10.0.0.7/v1'\ndimensions = 384\n")
-    models = find_models(load({"config": str(file)}, {}))
-    assert models.get("all-minilm-l6-v2") is models.relayed[0]
-    assert models.get("sentence-transformers/all-minilm-l6-v2") is models.local[0]
+    file.write_text(f"{MINILM}[model_settings.'{name}']\nprice = 0.5\n")
+    assert find_models(load({"config": str(file)}, {})).local[0].settings.price == 0.5
+
+
+def test_an_empty_key_is_none() -> None:
+    with pytest.raises(ConfigError, match="NAME=KEY"):
+        load({"api_key": ["a= "]}, {})
 
 
 def test_a_wrong_key_is_not_repeated() -> None:
