@@ -65,7 +65,7 @@ dimensions = 4
 timeout_seconds = 0.3
 
 [upstreams.dawdling]
-base_url = "{url}"
+base_url = "{stuck}"
 dimensions = 4
 timeout_seconds = 0.5
 request_timeout = 1
@@ -484,19 +484,19 @@ def test_an_answer_that_takes_too_long_is_given_up(embed: Embed, upstream: Upstr
     assert len(upstream.calls) == 3
 
 
-def test_a_whole_request_has_an_end(embed: Embed, upstream: Upstream) -> None:
-    upstream.script(*[hang] * 50)
-    error = envelope(embed(["a"] * 33, "dawdling"), 503)  # two calls, each with ten retries
-    assert error["code"] == "upstream_unavailable"
-    assert 2 <= len(upstream.calls) <= 6
-
-
-def test_a_wait_that_would_not_end_in_time_is_not_begun(embed: Embed, upstream: Upstream) -> None:
-    upstream.script(reply(429, b"", retry_after="5"))
+def test_a_wait_that_would_not_end_in_time_is_not_begun(embed: Embed, stuck: Upstream) -> None:
+    stuck.script(reply(429, b"", retry_after="5"))
     answer = embed("a", "dawdling")
     assert envelope(answer, 429)["code"] == "rate_limit_exceeded"
     assert answer.headers["retry-after"] == "5"
-    assert len(upstream.calls) == 1
+    assert len(stuck.calls) == 1
+
+
+def test_a_whole_request_has_an_end(embed: Embed, stuck: Upstream) -> None:
+    stuck.script(*[hang] * 50)
+    error = envelope(embed(["a"] * 33, "dawdling"), 503)  # two calls, each with ten retries
+    assert error["code"] == "upstream_unavailable"
+    assert 2 <= len(stuck.calls) <= 6
 
 
 def test_an_upstream_that_hangs_holds_up_no_other(client: httpx.Client, upstream: Upstream, stuck: Upstream) -> None:
@@ -615,6 +615,7 @@ def test_a_refusal_of_a_part_says_which(embed: Embed, upstream: Upstream) -> Non
 def test_one_call_that_fails_gives_up_the_others(embed: Embed, upstream: Upstream) -> None:
     def one_of_them(call: Call) -> None:
         if call.body["input"] == ["c", "d"]:
+            eventually(lambda: len(upstream.calls) == 3)
             call.answer(400, b'{"error":{"message":"no"}}')
         else:
             call.hang()
@@ -627,7 +628,7 @@ def test_one_call_that_fails_gives_up_the_others(embed: Embed, upstream: Upstrea
 def test_a_client_that_hangs_up_ends_the_call(client: httpx.Client, upstream: Upstream) -> None:
     upstream.script(hang)
     with pytest.raises(httpx.ReadTimeout):
-        client.post("/v1/embeddings", json={"model": "ours/little", "input": "a"}, timeout=1)
+        client.post("/v1/embeddings", json={"model": "ours/little", "input": "a"}, timeout=2)
     [call] = upstream.calls
     assert call.gone.wait(10), "long before the call itself would end"
 
