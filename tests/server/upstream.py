@@ -53,7 +53,8 @@ class Call:
 
     def hang(self) -> None:
         """Say nothing until the caller has gone."""
-        self._handler.connection.recv(1)
+        with contextlib.suppress(ConnectionResetError):
+            self._handler.connection.recv(1)
         self.gone.set()
         self.close()
 
