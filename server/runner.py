@@ -323,8 +323,8 @@ class Runner:
         """Run batches of growing size, and take the smallest within 3 % of the best rate, among those that run in about
         100 ms on a CPU or 20 ms on a GPU."""
         fastest: dict[int, float] = {}
-        # Twice: other processes start at the same time, and what they disturb once they leave alone the second time.
-        for _ in range(2):
+        # Several times: other processes start at the same time, and what they disturb once they leave alone the next.
+        for _ in range(3):
             size = _SMALLEST_BATCH
             while size <= _LARGEST_BATCH[self._device.type]:
                 fastest[size] = min(fastest.get(size, math.inf), self._probe(self._filled(size)))
