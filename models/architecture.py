@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from embedserve.models.json_file import JsonFile
@@ -188,12 +188,12 @@ _ACTIVATIONS = {
 
 def _read_bert(values: JsonFile) -> BertArchitecture:
     _expect_classes(values, ("Bert",))
-    return _post_norm_encoder(values, "bert", type_vocab_size=2, eps=1e-12)
+    return _post_norm_encoder(values, "bert")
 
 
 def _read_xlm_roberta(values: JsonFile) -> BertArchitecture:
     _expect_classes(values, ("XLMRoberta", "Roberta", "Camembert"))
-    architecture = _post_norm_encoder(values, "xlm_roberta", type_vocab_size=2, eps=1e-12)
+    architecture = _post_norm_encoder(values, "xlm_roberta")
     # A row for the padding, rows before it that nothing uses, and then the first token's.
     pad = values.integer("pad_token_id", 0, architecture.vocab_size - 1, default=1)
     if pad + 1 >= architecture.position_rows:
@@ -202,10 +202,10 @@ def _read_xlm_roberta(values: JsonFile) -> BertArchitecture:
             architecture.position_rows,
             f"expected more than {pad + 1}: positions begin behind pad_token_id",
         )
-    return BertArchitecture(**{**architecture.__dict__, "position_offset": pad + 1})
+    return replace(architecture, position_offset=pad + 1)
 
 
-def _post_norm_encoder(values: JsonFile, family: str, *, type_vocab_size: int, eps: float) -> BertArchitecture:
+def _post_norm_encoder(values: JsonFile, family: str) -> BertArchitecture:
     values.refuse("position_embedding_type", ["absolute"], "supported is absolute")
     _refuse_remote_code(values)
     _refuse_decoders(values)
@@ -222,8 +222,8 @@ def _post_norm_encoder(values: JsonFile, family: str, *, type_vocab_size: int, e
         vocab_size=values.integer("vocab_size", 1, _LARGEST_VOCABULARY),
         position_rows=values.integer("max_position_embeddings", 1, _LARGEST_POSITIONS),
         position_offset=0,
-        type_vocab_size=values.integer("type_vocab_size", 1, 1 << 10, default=type_vocab_size),
-        layer_norm_eps=values.number("layer_norm_eps", 0, 1, default=eps),
+        type_vocab_size=values.integer("type_vocab_size", 1, 1 << 10, default=2),
+        layer_norm_eps=values.number("layer_norm_eps", 0, 1, default=1e-12),
         activation=_ACTIVATIONS[activation],
     )
 

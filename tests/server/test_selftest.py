@@ -298,6 +298,12 @@ def test_sparse_weights_go_by_the_decoded_token(minilm: LoadedModel, monkeypatch
     assert [check.passed for check in published("x", both)] == [False, False, True, False]
 
 
+def test_weights_that_are_no_numbers_fail(minilm: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Published(minilm, {"text": {-1: float("nan")}})
+    monkeypatch.setattr(golden, "_PUBLISHED", {"x": (TokenWeights("README", "text", {"water": 0.5}, 1.0),)})
+    assert [check.passed for check in published("x", model)] == [False]
+
+
 def test_bge_m3s_checks_run_through_all_three_outputs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Random weights under the name of bge-m3: consistent, and wrong in everything that is published."""
     torch.manual_seed(1)
