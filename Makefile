@@ -80,17 +80,17 @@ $(VENV)-export/.installed: pyproject.toml
 bench: bench-engine bench-http ## every figure of the README, in ten minutes; results in benchmarks/results
 
 bench-engine: install-dev ## in process, against sentence-transformers
-	$(BIN)/python -m benchmarks.engine $(BENCH_OPTIONS)
+	$(BIN)/python -m embedserve.benchmarks.engine $(BENCH_OPTIONS)
 
 bench-http: install-dev $(VENV)-infinity/.installed ## over HTTP: this server, Infinity, sentence-transformers
-	$(BIN)/python -m benchmarks.http_load --embedserve --infinity $(VENV)-infinity --sentence-transformers $(BENCH_OPTIONS)
+	$(BIN)/python -m embedserve.benchmarks.http_load --embedserve --infinity $(VENV)-infinity --sentence-transformers $(BENCH_OPTIONS)
 
 bench-loading: install-dev ## host memory while a model is loaded
-	$(BIN)/python -m benchmarks.loading $(BENCH_OPTIONS)
+	$(BIN)/python -m embedserve.benchmarks.loading $(BENCH_OPTIONS)
 
 gpu: install-dev ## where there is a GPU: the tests that need one, and the engine on it
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python -m benchmarks.engine --device cuda $(BENCH_OPTIONS)
+	$(BIN)/python -m embedserve.benchmarks.engine --device cuda $(BENCH_OPTIONS)
 
 $(VENV)-infinity/.installed:
 	$(PYTHON) -m venv $(VENV)-infinity

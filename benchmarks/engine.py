@@ -5,8 +5,8 @@ threads; sentence-transformers sorts by length itself and runs at each of severa
 Tokens are counted with the special ones and without padding. Each figure is the median of the rounds, with the lowest
 and highest. Then one text of 16 tokens at a time: the latency of an idle engine.
 
-    python -m benchmarks.engine
-    python -m benchmarks.engine --rounds 9 --kinds short --output -
+    python -m embedserve.benchmarks.engine
+    python -m embedserve.benchmarks.engine --rounds 9 --kinds short --output -
 
 Ends in one JSON line a kind of text, appended to benchmarks/results/engine.jsonl.
 """
@@ -17,16 +17,15 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from benchmarks.texts import texts_of, vocabulary
+from embedserve.benchmarks import jsonl, machine
+from embedserve.benchmarks.texts import texts_of, vocabulary
 from embedserve.models.catalog import configure, locate
 from embedserve.server import threads
 from embedserve.server.tokenizer import Tokenizer, Truncate
@@ -36,7 +35,7 @@ import torch  # noqa: E402
 
 from embedserve.server.runner import Runner  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results" / "engine.jsonl"
+RESULTS = jsonl.FOLDER / "engine.jsonl"
 COUNTS = {"short": 384, "mixed": 96, "long": 48}
 """Texts a round."""
 
@@ -64,43 +63,6 @@ def timed(run: Callable[[], object]) -> float:
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
-
-
-def spread(values: list[float], digits: int) -> dict[str, float]:
-    """Median, lowest and highest."""
-    named = {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
-    return {name: round(value, digits) for name, value in named.items()}
-
-
-def busy_cores() -> tuple[float, float, float]:
-    """(now, core-seconds that all processes have worked, core-seconds that this one has); the second only on Linux."""
-    own = os.times()
-    try:
-        fields = [int(field) for field in Path("/proc/stat").read_text(encoding="ascii").split("\n")[0].split()[1:]]
-    except OSError:
-        fields = [0] * 8
-    user, nice, system, _, _, interrupts, soft, steal = fields[:8]
-    everyone = (user + nice + system + interrupts + soft + steal) / os.sysconf("SC_CLK_TCK")
-    return time.perf_counter(), everyone, own.user + own.system
-
-
-def machine(runner: Runner) -> dict[str, Any]:
-    """What the figures depend on."""
-    packages = ("torch", "sentence-transformers", "transformers", "tokenizers", "numpy")
-    info = runner.info
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "cpu": info.device_name if info.device == "cpu" else None,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": info.threads,
-        "device": info.device_name,
-        "dtype": info.dtype,
-        "max_batch_tokens": info.max_batch_tokens,
-        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT"),
-        "python": ".".join(map(str, sys.version_info[:3])),
-        **{name: version(name) for name in packages},
-    }
 
 
 def main() -> None:
@@ -143,7 +105,6 @@ def main() -> None:
     reference = SentenceTransformer(str(folder), device=options.device, model_kwargs={"dtype": dtype})
     words = vocabulary(folder)
 
-    lines = []
     for kind in options.kinds:
         texts = ["the quick brown fox jumps over a lazy dog near the old river bank"]
         if kind != "one":
@@ -151,20 +112,20 @@ def main() -> None:
         tokens = int(np.asarray(tokenizer.encode(texts, Truncate.END, max_total=1 << 30).lengths).sum())
         # Latency needs many short calls, a rate few long ones.
         repeats = 30 if kind == "one" else 1
-        sides: dict[str, Callable[[], object]] = {"engine": lambda texts=texts: embed_all(runner, tokenizer, texts)}
+        sides: dict[str, Callable[[], object]] = {"engine": partial(embed_all, runner, tokenizer, texts)}
         for size in [1] if kind == "one" else options.batch_sizes:
-            sides[f"sentence-transformers, {size} a batch"] = lambda texts=texts, size=size: reference.encode(
-                texts, batch_size=size, show_progress_bar=False
+            sides[f"sentence-transformers, {size} a batch"] = partial(
+                reference.encode, texts, batch_size=size, show_progress_bar=False
             )
         difference = float(np.abs(np.asarray(sides["engine"]()) - reference.encode(texts)).max())
         for run in sides.values():
             run()
         seconds: dict[str, list[float]] = {name: [] for name in sides}
-        before = busy_cores()
+        others = machine.Others()
         for _ in range(options.rounds):
             for name, run in sides.items():
                 seconds[name].append(statistics.median(timed(run) for _ in range(repeats)))
-        elapsed, everyone, own = (later - earlier for later, earlier in zip(busy_cores(), before, strict=True))
+        cores_used_by_others = others.cores()
         best = min((name for name in sides if name != "engine"), key=lambda name: statistics.median(seconds[name]))
         # Each round is a pair taken next to each other in time, so its ratio does not see a machine that slows down.
         ratios = [theirs / ours for ours, theirs in zip(seconds["engine"], seconds[best], strict=True)]
@@ -175,23 +136,23 @@ def main() -> None:
             "count": len(texts),
             "tokens": tokens,
             "rounds": options.rounds,
-            "engine_times_reference": spread(ratios, 2),
+            "engine_times_reference": jsonl.spread(ratios, 2),
             "best_reference": best,
             "largest_difference": difference,
             # What else ran on the machine, in cores: above a few hundredths the absolute figures are too low.
-            "cores_used_by_others": round(max(0.0, everyone - own) / elapsed, 2),
+            "cores_used_by_others": cores_used_by_others,
         }
         if kind == "one":
-            line["milliseconds"] = {name: spread([s * 1e3 for s in taken], 2) for name, taken in seconds.items()}
+            line["milliseconds"] = {name: jsonl.spread([s * 1e3 for s in taken], 2) for name, taken in seconds.items()}
         else:
             line["tokens_per_second"] = {
-                name: spread([tokens / s for s in taken], 0) for name, taken in seconds.items()
+                name: jsonl.spread([tokens / s for s in taken], 0) for name, taken in seconds.items()
             }
-        lines.append(json.dumps({**line, "machine": machine(runner)}))
-        print(lines[-1])
-    if options.output != "-":
-        with Path(options.output).open("a", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines)
+        line["machine"] = machine.accelerator(options.device) | {
+            name: getattr(runner.info, name) for name in ("threads", "dtype", "max_batch_tokens")
+        }
+        print(json.dumps(line))
+        jsonl.append(line, options.output)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
 """What do the figures in README.md and docs/benchmarks.md say? Made from the newest results, not typed.
 
-`python -m benchmarks.figures` prints the two sections; with `--write` they go into the two files, between their marks.
+`python -m embedserve.benchmarks.figures` prints the two sections; with `--write` they go into the two files, between
+their marks.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
-PROJECT = Path(__file__).parents[1]
-BEGIN, END = "<!-- figures: python -m benchmarks.figures --write -->\n", "<!-- end of figures -->\n"
+from embedserve.benchmarks import jsonl
+
+PROJECT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- figures: python -m embedserve.benchmarks.figures --write -->\n", "<!-- end of figures -->\n"
 
 KINDS = {"short": "4 to 16 words", "mixed": "4 to 230 words", "long": "180 to 240 words"}
 PEER = "sentence-transformers"
@@ -20,8 +21,7 @@ PEER = "sentence-transformers"
 
 def latest(file: str, key: str) -> dict[str, dict[str, Any]]:
     """The last line of each kind (`key`) in a results file."""
-    lines = [json.loads(line) for line in (RESULTS / file).read_text(encoding="utf-8").splitlines()]
-    return {line[key]: line for line in lines}
+    return {line[key]: line for line in jsonl.read(jsonl.FOLDER / file)}
 
 
 def number(value: float) -> str:

@@ -14,11 +14,12 @@ and a ratio is taken inside each round, between neighbours in time. Scenarios:
 
 All of it, servers started and ended by the script, in about five minutes:
 
-    python -m benchmarks.http_load --embedserve --infinity .venv-infinity --sentence-transformers
+    python -m embedserve.benchmarks.http_load --embedserve --infinity .venv-infinity --sentence-transformers
 
 Servers that run already, the first one compared with each of the others; a URL is what OpenAI's client calls base_url:
 
-    python -m benchmarks.http_load ours=http://127.0.0.1:8000/v1 theirs=http://127.0.0.1:7997 --scenarios short single
+    python -m embedserve.benchmarks.http_load ours=http://127.0.0.1:8000/v1 theirs=http://127.0.0.1:7997 \\
+        --scenarios short single
 
 sentence-transformers gets all texts of a round in one call, so that it sorts them by length, at the best of several
 batch sizes, tried beforehand for each kind of text. Infinity lives in an environment of its own, which is made with
@@ -51,7 +52,6 @@ import re
 import shlex
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -61,7 +61,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -70,12 +69,24 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from benchmarks.load import Request, Round, Sample, Stub, Target, ask_once, closed_loop, open_loop, poisson_schedule
-from benchmarks.texts import SEED, WORDS, texts_of, vocabulary
+from embedserve.benchmarks import jsonl, machine
+from embedserve.benchmarks.jsonl import spread
+from embedserve.benchmarks.load import (
+    Request,
+    Round,
+    Sample,
+    Stub,
+    Target,
+    ask_once,
+    closed_loop,
+    open_loop,
+    poisson_schedule,
+)
+from embedserve.benchmarks.texts import SEED, WORDS, texts_of, vocabulary
 from embedserve.models.catalog import locate
 from embedserve.models.errors import ModelError
 
-RESULTS = Path(__file__).parent / "results" / "http.jsonl"
+RESULTS = jsonl.FOLDER / "http.jsonl"
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 # For MiniLM on two cores: small batches are its best where lengths are mixed (less padding), 32 where they are short;
 # bettertransformer and a larger batch were slower, compiling made no difference. --infinity-options replaces them.
@@ -418,15 +429,6 @@ def _target(url: str, options: argparse.Namespace) -> Target:
 Figures = dict[str, list[Round]]
 
 
-def spread(values: Sequence[float], digits: int) -> dict[str, float] | None:
-    """Median, lowest and highest; None without a figure."""
-    known = [value for value in values if not math.isnan(value)]
-    if not known:
-        return None
-    named = {"median": statistics.median(known), "lowest": min(known), "highest": max(known)}
-    return {name: round(value, digits) for name, value in named.items()}
-
-
 def summary(party: Party, scenario: Scenario, rounds: Sequence[Round], tokens_a_text: float) -> dict[str, Any]:
     """The figures of one party in one scenario.
 
@@ -474,47 +476,6 @@ def ratios(scenario: Scenario, figures: Figures) -> dict[str, dict[str, float] |
             values = [b.latency(0.5) / a.latency(0.5) for a, b in pairs]
         found[f"{first} / {name}"] = spread(values, 2)
     return found
-
-
-def describe_machine(busy_before: float | None) -> dict[str, Any]:
-    """What the figures depend on, without the machine's name."""
-    cpu = ""
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    versions = {}
-    for name in ("embedserve", "torch", "tokenizers", "numpy", "uvicorn", "uvloop", "httptools"):
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    for name in ("sentence-transformers", "transformers"):
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "python": ".".join(map(str, sys.version_info[:3])),
-        **versions,
-        # What else ran on the machine, in cores: above a few hundredths the absolute figures are too low.
-        "cores_busy_before": busy_before,
-    }
-
-
-def busy_cores(seconds: float) -> float | None:
-    """How many cores the whole machine keeps busy, over `seconds` of waiting. Linux only."""
-
-    def worked() -> float:
-        fields = Path("/proc/stat").read_text(encoding="ascii").split("\n")[0].split()[1:9]
-        user, nice, system, _, _, interrupts, soft, steal = map(int, fields)
-        return (user + nice + system + interrupts + soft + steal) / os.sysconf("SC_CLK_TCK")
-
-    try:
-        before = worked()
-        time.sleep(seconds)
-        return round((worked() - before) / seconds, 2)
-    except (OSError, ValueError):
-        return None
 
 
 def table(line: dict[str, Any]) -> str:
@@ -620,7 +581,7 @@ class Run:
             self.rounds = number
             longest = max(longest, time.monotonic() - started)
 
-    def lines(self, parties: Sequence[Party], machine: dict[str, Any]) -> list[dict[str, Any]]:
+    def lines(self, parties: Sequence[Party], described: dict[str, Any]) -> list[dict[str, Any]]:
         """A line a scenario that has at least one whole round."""
         lines = []
         for scenario in self._scenarios:
@@ -657,7 +618,7 @@ class Run:
                     "times_better": ratios(scenario, figures),
                     "lowest_cosine": self.lowest_cosine,
                     "client_limit": self.limits[scenario.name],
-                    "machine": machine,
+                    "machine": described,
                 }
             )
         return lines
@@ -722,7 +683,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     names = [scenario.name for scenario in SCENARIOS]
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.http_load",
+        prog="python -m embedserve.benchmarks.http_load",
         description=__doc__.partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -786,7 +747,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scenarios = chosen(options)
     progress = Progress(options.seconds)
     run = Run(options, scenarios, progress)
-    machine = describe_machine(busy_cores(1.0))
+    others = machine.Others()
+    time.sleep(1.0)
+    described = machine.describe() | {"cores_busy_before": others.cores()}
     parties: list[Party] = []
     status = 0
     try:
@@ -826,12 +789,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     progress.end()
-    lines = run.lines(parties, machine)
+    lines = run.lines(parties, described)
     for line in lines:
         print(table(line), end="\n\n")
+        jsonl.append(line, options.output)
     if lines and options.output != "-":
-        with Path(options.output).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
         print(f"{len(lines)} lines appended to {Path(options.output).name}")
     return status
 

@@ -5,8 +5,8 @@ imported everything and run one linear layer before. Peak is the largest residen
 with the pages of mapped files that the process has touched, less what was resident before; kept is what stays, split
 into memory of its own and pages of files.
 
-    python -m benchmarks.loading
-    python -m benchmarks.loading --shapes bge-base --device cuda --dtype float16 --output -
+    python -m embedserve.benchmarks.loading
+    python -m embedserve.benchmarks.loading --shapes bge-base --device cuda --dtype float16 --output -
 
 Ends in one JSON line a shape, appended to benchmarks/results/loading.jsonl.
 """
@@ -21,12 +21,12 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "loading.jsonl"
+from embedserve.benchmarks import jsonl, machine
+
+RESULTS = jsonl.FOLDER / "loading.jsonl"
 
 BERT_BASE: dict[str, Any] = {
     "architectures": ["BertModel"],
@@ -129,7 +129,17 @@ def write_checkpoint(folder: Path, config: dict[str, Any], stored: str) -> None:
 
 def measure(folder: Path, device: str, dtype: str) -> dict[str, Any]:
     """Load a checkpoint in a fresh process; what `_load` says of it."""
-    command = [sys.executable, "-m", "benchmarks.loading", "--load", str(folder), "--device", device, "--dtype", dtype]
+    command = [
+        sys.executable,
+        "-m",
+        "embedserve.benchmarks.loading",
+        "--load",
+        str(folder),
+        "--device",
+        device,
+        "--dtype",
+        dtype,
+    ]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=600)
     report: dict[str, Any] = json.loads(done.stdout)
     return report
@@ -191,35 +201,19 @@ def main() -> None:
         print(json.dumps(_load(options.load, options.device, options.dtype)))
         return
 
-    lines = []
     for shape in options.shapes:
         config, stored = SHAPES[shape]
         with tempfile.TemporaryDirectory() as folder:
             write_checkpoint(Path(folder), config, stored)
             report = measure(Path(folder), options.device, options.dtype)
         line = {"benchmark": "loading", "shape": shape, "stored": stored, **report}
-        lines.append(json.dumps({**line, "machine": machine(options.device, options.dtype)}))
-        print(lines[-1])
-    if options.output != "-":
-        with Path(options.output).open("a", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines)
-
-
-def machine(device: str, dtype: str) -> dict[str, Any]:
-    """What the figures depend on."""
-    import torch
-
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "device": device,
-        "dtype": dtype,
-        "kernel": ".".join(os.uname().release.split(".")[:2]),
-        "libc": " ".join(platform.libc_ver()),
-        "python": ".".join(map(str, sys.version_info[:3])),
-        **{name: version(name) for name in ("torch", "safetensors")},
-    }
+        line["machine"] = machine.accelerator(options.device) | {
+            "dtype": options.dtype,
+            "kernel": ".".join(os.uname().release.split(".")[:2]),
+            "libc": " ".join(platform.libc_ver()),
+        }
+        print(json.dumps(line))
+        jsonl.append(line, options.output)
 
 
 if __name__ == "__main__":

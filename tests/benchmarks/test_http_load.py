@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from benchmarks.http_load import SCENARIOS, Run, main, ratios, spread
-from benchmarks.load import (
+
+from embedserve.benchmarks.http_load import SCENARIOS, Run, main, ratios
+from embedserve.benchmarks.jsonl import spread
+from embedserve.benchmarks.load import (
     Round,
     Sample,
     Stub,
@@ -22,7 +24,7 @@ from benchmarks.load import (
     percentile,
     poisson_schedule,
 )
-from benchmarks.texts import WORDS, texts_of
+from embedserve.benchmarks.texts import WORDS, texts_of
 
 LIMITS = {"timeout": 10.0, "within": 30.0}
 
@@ -211,9 +213,8 @@ def test_run_compares_two_servers_and_appends_a_line_a_scenario(
 ) -> None:
     # The stub has no vectors to compare, and the model's vocabulary is not needed here.
     monkeypatch.setattr(Run, "_compare_vectors", lambda *_: None)
-    monkeypatch.setattr("benchmarks.http_load.vocabulary", lambda _: ["river", "stone"])
-    monkeypatch.setattr("benchmarks.http_load.locate", lambda *_: tmp_path)
-    monkeypatch.setattr("benchmarks.http_load.busy_cores", lambda _: 0.0)
+    monkeypatch.setattr("embedserve.benchmarks.http_load.vocabulary", lambda _: ["river", "stone"])
+    monkeypatch.setattr("embedserve.benchmarks.http_load.locate", lambda *_: tmp_path)
     output = tmp_path / "http.jsonl"
     url = stub.target(1).url
     what = ["--scenarios", "single", "open", "--rounds", "2", "--scale", "0.1", "--rate", "50", "--open-seconds", "0.2"]

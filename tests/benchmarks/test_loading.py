@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.loading import BERT_BASE, measure, write_checkpoint
+from embedserve.benchmarks.loading import BERT_BASE, measure, write_checkpoint
 
 
 def test_loading_takes_at_most_a_fifth_more_than_the_weights(tmp_path: Path) -> None:
