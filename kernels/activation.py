@@ -29,14 +29,9 @@ def relu(x: Tensor) -> Tensor:
     return F.relu(x)
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """SwiGLU: `silu(gate) · up` with `silu(x) = x / (1 + e^-x)`.
-
-    gate_up is [tokens, 2 · inner], the gate in front; the result is [tokens, inner], same dtype. Source: Shazeer 2020
-    (arXiv:2002.05202).
-    """
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+def silu(x: Tensor) -> Tensor:
+    """SiLU, the gate of SwiGLU: `x / (1 + e^-x)`; any shape, same dtype out. Source: arXiv:1606.08415."""
+    return F.silu(x)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": gelu, "gelu_tanh": gelu_tanh, "relu": relu}

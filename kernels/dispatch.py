@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from embedserve.kernels.activation import ACTIVATIONS
 from embedserve.kernels.attention import Attend, attend_by_runs, attend_padded, attend_varlen
+from embedserve.kernels.embedding import embed
+from embedserve.kernels.gated import OneProduct, TwoProducts
 from embedserve.kernels.linear import Linear, OneDnnLinear, TorchLinear
+from embedserve.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from embedserve.kernels.rotary import norm_rotate
 
 _HALF = (torch.float16, torch.bfloat16)
 # FlashAttention's kernels begin with Ampere.
@@ -18,17 +23,35 @@ _AMPERE = (8, 0)
 
 @dataclass(frozen=True)
 class Kernels:
-    """The chosen operations: attend (see `Attend`), and linear(weight, bias, activation), which prepares a weight.
+    """The chosen operations. What each computes, from what to what, is said where REFERENCE has it from.
 
-    pads: whether attend pads its rows to the longest, so that a batch should hold rows of like length.
+    linear(weight, bias, activation) and gated(weight, bias, activation, gate_first) prepare weights, once; the others
+    compute. pads: whether attend pads its rows to the longest, so that a batch should hold rows of like length.
     """
 
     attend: Attend
     linear: Callable[[Tensor, Tensor | None, str | None], Linear]
+    gated: Callable[[Tensor, Tensor | None, str, bool], Linear]
+    embed: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, float], Tensor]
+    layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    add_layer_norm: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    norm_rotate: Callable[[Tensor, Tensor, float, Tensor, Tensor], Tensor]
     pads: bool = False
 
 
-REFERENCE = Kernels(attend=attend_by_runs, linear=TorchLinear)
+REFERENCE = Kernels(
+    attend=attend_by_runs,
+    linear=TorchLinear,
+    gated=OneProduct,
+    embed=embed,
+    layer_norm=layer_norm,
+    add_layer_norm=add_layer_norm,
+    rms_norm=rms_norm,
+    add_rms_norm=add_rms_norm,
+    norm_rotate=norm_rotate,
+)
 
 
 def choose(device: torch.device, dtype: torch.dtype, *, reference: bool = False) -> Kernels:
@@ -37,7 +60,13 @@ def choose(device: torch.device, dtype: torch.dtype, *, reference: bool = False)
         return REFERENCE
     if device.type == "cuda":
         packed = dtype in _HALF and torch.cuda.get_device_capability(device) >= _AMPERE
-        return Kernels(attend=attend_varlen if packed else attend_padded, linear=TorchLinear, pads=not packed)
+        return replace(REFERENCE, attend=attend_varlen if packed else attend_padded, pads=not packed)
     if device.type == "cpu" and dtype == torch.float32 and OneDnnLinear.available():
-        return Kernels(attend=attend_by_runs, linear=OneDnnLinear)
+        return replace(REFERENCE, linear=OneDnnLinear, gated=_onednn_gated)
     return REFERENCE
+
+
+def _onednn_gated(weight: Tensor, bias: Tensor | None, activation: str, gate_first: bool) -> Linear:
+    # oneDNN applies every activation that linears have; SiLU, which none has, is applied after one product.
+    blocks = TwoProducts if activation in ACTIVATIONS else OneProduct
+    return blocks(weight, bias, activation, gate_first, linear=OneDnnLinear)

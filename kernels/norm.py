@@ -1,4 +1,4 @@
-"""LayerNorm, alone and after a residual sum; RMSNorm."""
+"""LayerNorm and RMSNorm, each alone and after a residual sum."""
 
 from __future__ import annotations
 
@@ -36,3 +36,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return (x * scale).to(x.dtype).mul_(weight)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`residual += x`, then `rms_norm(residual)`: what stands between two blocks of a pre-norm layer.
+
+    x and residual are [tokens, hidden]; residual is written to, x may be overwritten. Shapes, dtypes and rounding as
+    `rms_norm`, of the sum as residual holds it.
+    """
+    return rms_norm(residual.add_(x), weight, eps)

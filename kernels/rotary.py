@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from embedserve.kernels.norm import rms_norm
+
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of `position · theta^(-2i / head_dim)` for i < head_dim / 2, each float32 [tokens, head_dim / 2].
@@ -33,3 +35,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     torch.mul(first, cos, out=low).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=high).addcmul_(first, sin)
     return turned.to(x.dtype)
+
+
+def norm_rotate(qk: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate(rms_norm(qk))`: each head's own RMSNorm, then its position, as Qwen3 does it to queries and keys.
+
+    qk is [tokens, heads, head_dim], the queries' heads and then the keys', and may be a part of the buffer that holds
+    the values too; weight is [heads, head_dim], cos and sin are those of `rotary_angles`. qk may be overwritten; the
+    result has its shape and dtype, rounded after the norm, after the weight and after the turn.
+    Source: Qwen3 technical report (arXiv:2505.09388).
+    """
+    return rotate(rms_norm(qk, weight, eps), cos, sin)

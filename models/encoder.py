@@ -11,14 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from embedserve.kernels.dispatch import Kernels
 from embedserve.kernels.linear import Linear
 from embedserve.models.architecture import BertArchitecture
 from embedserve.models.batch import PackedBatch
-from embedserve.models.parts import Norm, Parts
+from embedserve.models.parts import Embedding, Norm, Parts
 from embedserve.models.weights import Weights
 
 
@@ -50,15 +49,14 @@ class Encoder:
         parts = Parts(weights, device, dtype, kernels, sizes.layer_norm_eps)
         self._heads = sizes.num_heads
         self._attend = kernels.attend
-        self._words = parts.parameters.tensor("embeddings.word_embeddings.weight", sizes.vocab_size, sizes.hidden_size)
-        self._positions = _positions(sizes, weights).to(device, dtype)
-        self._norm = parts.norm("embeddings.LayerNorm", sizes.hidden_size)
+        words = parts.parameters.tensor("embeddings.word_embeddings.weight", sizes.vocab_size, sizes.hidden_size)
+        positions = _positions(sizes, weights).to(device, dtype)
+        self._embed = Embedding(words, positions, parts.norm("embeddings.LayerNorm", sizes.hidden_size))
         self._layers = [_layer(sizes, parts, f"encoder.layer.{index}") for index in range(sizes.num_layers)]
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         """Return the last layer's states, [tokens, hidden], in the dtype of the weights."""
-        hidden = F.embedding(batch.ids, self._words).add_(F.embedding(batch.layout.positions, self._positions))
-        hidden = self._norm(hidden)
+        hidden = self._embed(batch.ids, batch.layout.positions)
         tokens, width = hidden.shape
         heads, head_dim = self._heads, width // self._heads
         for layer in self._layers:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from embedserve.kernels.activation import swiglu
 from embedserve.kernels.attention import Layout
 from embedserve.kernels.dispatch import Kernels
 from embedserve.kernels.linear import Linear
@@ -82,7 +81,7 @@ class _Block:
     heads_norm: Norm | None
     attention_out: Linear
     feed_forward_norm: Norm
-    gate_up: Linear
+    gated: Linear
     gated_norm: Norm | None
     down: Linear
 
@@ -145,7 +144,7 @@ class _VisionTower:
             if block.heads_norm is not None:
                 attended = block.heads_norm(attended)
             hidden = block.attention_out(attended).add_(hidden)
-            gated = swiglu(block.gate_up(block.feed_forward_norm(hidden)))
+            gated = block.gated(block.feed_forward_norm(hidden))
             if block.gated_norm is not None:
                 gated = block.gated_norm(gated)
             hidden = block.down(gated).add_(hidden)
@@ -174,7 +173,7 @@ def _block(sizes: VisionArchitecture, parts: Parts, name: str) -> _Block:
         heads_norm=parts.norm(f"{name}.attn.inner_attn_ln", width) if sizes.sub_norm else None,
         attention_out=parts.linear([f"{name}.attn.proj"], width, width),
         feed_forward_norm=parts.norm(f"{name}.norm2", width),
-        gate_up=parts.linear([f"{name}.mlp.w1", f"{name}.mlp.w2"], 2 * inner, width),
+        gated=parts.kernels.gated(*parts.stacked([f"{name}.mlp.w1", f"{name}.mlp.w2"], 2 * inner, width), "silu", True),
         gated_norm=parts.norm(f"{name}.mlp.ffn_ln", inner) if sizes.sub_norm else None,
         down=parts.linear([f"{name}.mlp.w3"], width, inner),
     )

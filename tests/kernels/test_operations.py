@@ -1,14 +1,18 @@
 """Each operation against its formula in float64, on awkward shapes."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
 from embedserve.kernels import dispatch
-from embedserve.kernels.activation import ACTIVATIONS, swiglu
-from embedserve.kernels.linear import OneDnnLinear, TorchLinear
-from embedserve.kernels.norm import add_layer_norm, layer_norm, rms_norm
+from embedserve.kernels.activation import ACTIVATIONS
+from embedserve.kernels.embedding import embed
+from embedserve.kernels.gated import GATES, OneProduct, TwoProducts, glu
+from embedserve.kernels.linear import Linear, OneDnnLinear, TorchLinear
+from embedserve.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 ROWS = [1, 5, 123, 1000]
 
@@ -92,12 +96,51 @@ def test_rms_norm_does_not_overflow_in_half_precision() -> None:
     assert torch.equal(rms_norm(x, torch.ones(64, dtype=torch.float16), 1e-6), torch.ones(1, 64, dtype=torch.float16))
 
 
-@pytest.mark.parametrize("rows", ROWS)
-def test_swiglu_is_its_formula(rows: int) -> None:
-    x = torch.randn(rows, 2 * 77) * 4
-    gate, up = x.double()[:, :77], x.double()[:, 77:]
-    assert (swiglu(x).double() - gate / (1 + torch.exp(-gate)) * up).abs().max() < 2e-5
-    assert (swiglu(x).double() - up / (1 + torch.exp(-up)) * gate).abs().max() > 1e-2
+def exact_glu(both: torch.Tensor, activation: str, gate_first: bool) -> torch.Tensor:
+    first, second = both.double().chunk(2, dim=-1)
+    gate, up = (first, second) if gate_first else (second, first)
+    return up * (gate / (1 + torch.exp(-gate)) if activation == "silu" else exact_activation(gate, activation))
+
+
+@pytest.mark.parametrize("gate_first", [True, False], ids=["gate first", "gate second"])
+@pytest.mark.parametrize("activation", sorted(GATES))
+def test_a_gate_is_its_formula(activation: str, gate_first: bool) -> None:
+    both = torch.randn(123, 2 * 77) * 4
+    before = both.clone()
+    found = glu(both, activation, gate_first)
+    assert (found.double() - exact_glu(both, activation, gate_first)).abs().max() < 2e-5
+    assert (found.double() - exact_glu(both, activation, not gate_first)).abs().max() > 1e-2
+    assert torch.equal(both, before)
+
+
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("gate_first", [True, False], ids=["gate first", "gate second"])
+@pytest.mark.parametrize("block", [OneProduct, partial(TwoProducts, linear=TorchLinear)], ids=["one", "two"])
+def test_a_gated_block_is_its_formula(block: Callable[..., Linear], gate_first: bool, biased: bool) -> None:
+    x, weight, bias = torch.randn(5, 123), torch.randn(2 * 77, 123), torch.randn(2 * 77) if biased else None
+    both = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    expected = exact_glu(both, "gelu", gate_first)
+    found = block(weight, bias, "gelu", gate_first)(x)
+    assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("with_table", [True, False], ids=["words and positions", "words"])
+def test_an_embedding_is_its_formula(with_table: bool) -> None:
+    ids, positions = torch.randint(50, (123,)).int(), torch.arange(123).int() % 40
+    words, table, weight, bias = torch.randn(50, 77), torch.randn(40, 77), torch.randn(77), torch.randn(77)
+    total = words.double()[ids] + (table.double()[positions] if with_table else 0)
+    expected = torch.nn.functional.layer_norm(total, (77,), weight.double(), bias.double(), 1e-5)
+    before = words.clone()
+    found = embed(ids, words, positions, table if with_table else None, weight, bias, 1e-5)
+    assert (found.double() - expected).abs().max() < 1e-5
+    assert torch.equal(words, before)
+
+
+def test_rms_norm_after_a_sum_leaves_the_sum_in_the_residual() -> None:
+    x, residual, weight = torch.randn(5, 77), torch.randn(5, 77), torch.randn(77)
+    total = x + residual
+    assert torch.equal(add_rms_norm(x.clone(), residual, weight, 1e-6), rms_norm(total, weight, 1e-6))
+    assert torch.equal(residual, total)
 
 
 def test_the_cpu_takes_onednn_and_the_override_takes_plain_torch() -> None:
