@@ -248,7 +248,8 @@ class Broker:
             pieces += request.slice(segment.positions)
         facts = np.array([*batch.lengths, *dimensions, *outputs], dtype="<i4")
         engine.batches[batch.id] = batch
-        run = wire.Run(batch.id, batch.lane.model, batch.lane.modality, len(batch.lengths))
+        waiting = self._batcher.waiting_tokens
+        run = wire.Run(batch.id, batch.lane.model, batch.lane.modality, len(batch.lengths), waiting)
         engine.connection.send(run, [facts.data.cast("B"), np.concatenate(pieces).data])
 
     def _batch_done(self, engine: _Engine, message: wire.BatchDone, payload: bytes) -> None:

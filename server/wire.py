@@ -197,12 +197,16 @@ class StatusReply(_Message, frozen=True):
 
 
 class Run(_Message, frozen=True):
-    """A batch. Payload: lengths, dimensions and outputs, int32 [rows] each, then the items; see `Submit`."""
+    """A batch. Payload: lengths, dimensions and outputs, int32 [rows] each, then the items; see `Submit`.
+
+    `waiting`: tokens that are still in the queue, for an engine that can run one batch fast or several at once.
+    """
 
     batch: int
     model: str
     modality: str
     rows: int
+    waiting: int = 0
 
 
 # ------------------------------------------------------------------------------------------------ engine → broker
@@ -222,9 +226,14 @@ class ModelReady(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EngineReady(_Message, frozen=True):
-    """What an engine serves, an entry for each modality of a model; the second frame of its connection."""
+    """What an engine serves, an entry for each modality of a model; the second frame of its connection.
+
+    `concurrency`: batches that it may run at once. It starts them in the order in which they came, so when it dies, that
+    many of the oldest that it had may be the reason.
+    """
 
     models: list[ModelReady]
+    concurrency: int = 1
 
 
 class Pull(_Message, frozen=True):
