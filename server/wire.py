@@ -228,8 +228,8 @@ class ModelReady(msgspec.Struct, frozen=True, array_like=True):
 class EngineReady(_Message, frozen=True):
     """What an engine serves, an entry for each modality of a model; the second frame of its connection.
 
-    `concurrency`: batches that it may run at once. It starts them in the order in which they came, so when it dies, that
-    many of the oldest that it had may be the reason.
+    `concurrency`: batches that it may run at once. It starts them in the order in which they came, so when it dies,
+    that many of the oldest that it had may be the reason.
     """
 
     models: list[ModelReady]
