@@ -19,11 +19,11 @@ Element = TypeVar("Element", bound=np.generic)
 
 @dataclass(frozen=True)
 class PackedRows:
-    """A batch on the host. Rows are sorted by length, so rows of one length stand together.
+    """A batch on the host. `pack` sorts rows by length, so rows of one length stand together.
 
     ids, positions, rows: int32 [tokens], token id, index within its row, and row of each token.
     lengths: int32 [rows]. cu_seqlens: int32 [rows + 1], the first token of each row and the number of tokens.
-    order: int64 [rows], row i of the batch is row order[i] of the caller.
+    order: int64 [rows], row i of the batch is row order[i] of the caller; rows that `in_bucket` adds are nobody's.
     """
 
     ids: Ints
@@ -68,13 +68,35 @@ class PackedRows:
     @property
     def max_seqlen(self) -> int:
         """Tokens of the longest row."""
-        return int(self.lengths[-1])
+        return int(self.lengths.max())
 
     def runs(self) -> tuple[tuple[int, int, int], ...]:
-        """(first token, number of rows, tokens a row) of each stretch of rows of one length."""
-        lengths, first, counts = np.unique(self.lengths, return_index=True, return_counts=True)
-        starts = self.cu_seqlens[first]
-        return tuple(zip(starts.tolist(), counts.tolist(), lengths.tolist(), strict=True))
+        """(first token, number of rows, tokens a row) of each stretch of rows of one length; empty rows are in none."""
+        first = np.flatnonzero(np.diff(self.lengths, prepend=-1))
+        counts = np.diff(first, append=len(self.lengths))
+        lengths, starts = self.lengths[first], self.cu_seqlens[first]
+        found = zip(starts.tolist(), counts.tolist(), lengths.tolist(), strict=True)
+        return tuple(run for run in found if run[2])
+
+    def in_bucket(self, tokens: int, rows: int) -> PackedRows:
+        """The same batch with exactly so many tokens and rows, its own in front, for what runs in fixed shapes.
+
+        Tokens of padding, all of id 0, are one more row, so no row of the batch sees them; the rows behind it are
+        empty. Raises BatchError where the batch is larger, or has no row to spare for its padding.
+        """
+        own, padding = len(self.lengths), tokens - len(self.ids)
+        if padding < 0 or own + (padding > 0) > rows:
+            raise BatchError(f"{len(self.ids)} tokens in {own} rows do not fit into {tokens} in {rows}")
+        cu_seqlens = np.full(rows + 1, tokens, dtype=np.int32)
+        cu_seqlens[: own + 1] = self.cu_seqlens
+        return PackedRows(
+            ids=np.pad(self.ids, (0, padding)),
+            positions=np.concatenate([self.positions, np.arange(padding, dtype=np.int32)]),
+            rows=np.pad(self.rows, (0, padding), constant_values=own),
+            lengths=np.diff(cu_seqlens),
+            cu_seqlens=cu_seqlens,
+            order=self.order,
+        )
 
     def padded(self, pad_id: int) -> tuple[Ints, Ints]:
         """The same batch as (ids, mask), both int32 [rows, max_seqlen]: padded on the right, mask 1 on real tokens."""

@@ -1,13 +1,15 @@
-"""Runner: the one owner of a device. A batch of token ids or images in, vectors out; called from one thread.
+"""Runner: a model on its device. A batch of token ids or images in, vectors out; from any number of threads.
 
-ids, lengths → PackedRows (sorted) → staged to the device → backend → pool → cut → normalise → check → back, in order
-                                                                    └→ sparse and colbert heads, where asked for
+ids, lengths → PackedRows (sorted) → staging → backend, or a CUDA graph of it → pool → cut → normalise → check ┐
+                                        │                                    └→ sparse and colbert heads       ├→ back
+                                        └ the launch of one batch, while the one before it runs                ┘
+
+A batch that the memory does not suffice for is halved, and again, until its parts fit.
 """
 
 from __future__ import annotations
 
-import math
-import platform
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,32 +23,24 @@ from torch import Tensor
 
 from embedserve.kernels import heads, pooling
 from embedserve.models import registry
-from embedserve.models.architecture import ForeignArchitecture
 from embedserve.models.backend import Backend
 from embedserve.models.batch import Ints, PackedBatch, PackedRows
 from embedserve.models.config import ModelConfig, read_config
-from embedserve.models.errors import BatchError, CheckpointError, ModelError
+from embedserve.models.errors import BatchError, CheckpointError
 from embedserve.models.heads import load_heads
+from embedserve.server import bounds, graphs
+from embedserve.server import device as devices
 from embedserve.server import threads as cpu_threads
-from embedserve.server.arrays import Rows, output_bits, wants
+from embedserve.server.arrays import ARRAYS, OUTPUTS, Rows, join, output_bits, wants
+from embedserve.server.device import DeviceError, OutOfMemoryError, is_out_of_memory
+from embedserve.server.staging import staging_of
+
+__all__ = ["DeviceError", "Embedded", "Runner", "RunnerInfo"]
+
+log = logging.getLogger("embedserve.runner")
 
 Floats = npt.NDArray[np.float32]
 Flags = npt.NDArray[np.bool_]
-
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-# A batch runs at most about this long: what waits behind it waits no longer, and a single text is not held up.
-_LONGEST_BATCH_S = {"cpu": 0.100, "cuda": 0.020}
-_SMALLEST_BATCH = 256
-_LARGEST_BATCH = {"cpu": 8192, "cuda": 262_144}
-# Below this share of the best rate a larger batch is worth its latency.
-_NEAR_BEST = 0.97
-# Texts of the measurement, in tokens, from and to: varied, for a batch of equal lengths hides what small batches cost.
-_PROBE_LENGTHS = (8, 256)
-
-
-class DeviceError(ModelError):
-    """The asked device or dtype is not there; the message says what is."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +48,8 @@ class RunnerInfo:
     """What a runner runs on, for health pages and for the batcher.
 
     max_batch_tokens bounds a batch's cost: the sum of tokens if cost is "packed", rows times the longest if "padded". A
-    single text may exceed it. modalities are "text" and, if the model takes them, "image". dimension is the size of an
-    uncut vector.
+    single text may exceed it. concurrency: batches at once that are worth it. modalities are "text" and, if the model
+    takes them, "image". dimension is the size of an uncut vector.
     """
 
     device: str
@@ -64,6 +58,7 @@ class RunnerInfo:
     backend: str
     cost: Literal["packed", "padded"]
     max_batch_tokens: int
+    concurrency: int
     modalities: tuple[str, ...]
     max_tokens: int
     dimension: int
@@ -75,11 +70,12 @@ class Embedded:
     """A batch's answer, in the caller's order.
 
     arrays: by the names of `arrays.ARRAYS`; a row that was not to have an output has no elements there. finite: bool
-    [rows], false where what the row was to have holds a NaN or an infinity.
+    [rows], false where what the row was to have holds a NaN or an infinity. computed_tokens: padding included.
     """
 
     arrays: Mapping[str, Rows]
     finite: Flags
+    computed_tokens: int
 
     @property
     def dense(self) -> Floats:
@@ -105,8 +101,10 @@ class Runner:
         self._config = config
         self._device = device
         self._threads = threads
-        self._stage = _Stage(device)
-        self._max_batch_tokens = _SMALLEST_BATCH
+        self._staging = staging_of(device)
+        self._graphs: Mapping[graphs.Bucket, graphs.CapturedStates] = {}
+        self._max_batch_tokens = bounds.SMALLEST
+        self._warned: set[int] = set()
 
     @classmethod
     def load(
@@ -132,13 +130,14 @@ class Runner:
         pin: on the CPU, give each thread a core of its own where they are as many; see `threads.pin`.
         progress: called with a line of text at each step.
 
-        Raises DeviceError for a device or dtype that is not there, CheckpointError for a checkpoint that cannot be run.
+        Raises DeviceError for a device or dtype that is not there, or weights that have no room there, CheckpointError
+        for a checkpoint that cannot be run.
         """
         if config is None:
             config = read_config(folder)
-        place = _pick_device(device)
-        kind = _pick_dtype(dtype, place, config, progress)
-        count = _set_threads(threads)
+        place = devices.pick_device(device)
+        kind = devices.pick_dtype(dtype, place, config, progress)
+        count = devices.set_threads(threads)
         # Large enough an operation to be shared out among all workers.
         if pin and place.type == "cpu" and cpu_threads.pin(count, lambda: torch.ones(1 << 20).add_(1.0)):
             progress(f"{count} threads, each on a core of its own")
@@ -146,9 +145,17 @@ class Runner:
         shown = str(kind).removeprefix("torch.")
         progress(f"loading {folder.name} as {shown} onto {place}, {name} backend")
         started = time.perf_counter()
-        with torch.inference_mode():
-            loaded = registry.backend(name)(config, place, kind)
-            heads = {} if loaded.pools else load_heads(config, place, loaded.dtype)
+        try:
+            with torch.inference_mode():
+                loaded = registry.backend(name)(config, place, kind)
+                heads = {} if loaded.pools else load_heads(config, place, loaded.dtype)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DeviceError(
+                f"{folder.name} as {shown} does not fit into the memory of {place}{devices.memory_left(place)}; serve "
+                "fewer models there, or a smaller one, or use a larger device"
+            ) from error
         if missing := set(config.outputs) - {"dense", *heads}:
             raise CheckpointError(
                 f"{folder}: the {name} backend's graph pools by itself and gives no token states, which "
@@ -162,11 +169,13 @@ class Runner:
         """The runner's facts; `max_batch_tokens` is `warm_up`'s work, and the smallest before it."""
         return RunnerInfo(
             device=str(self._device),
-            device_name=_device_name(self._device),
+            device_name=devices.device_name(self._device),
             dtype=str(self._backend.dtype).removeprefix("torch."),
             backend=self._backend.name,
             cost=self._backend.cost,
             max_batch_tokens=self._max_batch_tokens,
+            # ONNX Runtime waits for each batch itself.
+            concurrency=1 if self._backend.name == "onnx" else self._staging.concurrency,
             modalities=self._config.modalities,
             max_tokens=self._config.max_tokens,
             dimension=self._config.dimension,
@@ -182,28 +191,25 @@ class Runner:
         each text is to have, see `arrays.output_bits`; None is a dense vector each.
 
         Raises BatchError if the arrays do not fit together, an id is not in the vocabulary, a text is longer than the
-        model's positions, a dimension is out of range, or an output is not among the model's.
+        model's positions, a dimension is out of range, or an output is not among the model's; OutOfMemoryError, which
+        is one, if there is not memory enough for one of the texts alone.
         """
-        self._check(ids, lengths, dimensions, outputs)
-        rows = PackedRows.pack(ids, lengths)
-        batch, cut = self._stage.send(rows, self._cut(dimensions[rows.order]))
-        states = self._backend.hidden_states(batch)
-        if self._backend.pools:
-            pooled = states.float()
-        else:
-            pooled = pooling.pool(states, batch.layout.cu_seqlens, self._config.pooling)
-        vectors, finite = self._finish(pooled, cut, dimensions)
-        vectors, finite = rows.restore(vectors), rows.restore(finite)
         if outputs is None:
-            return Embedded({"dense": Rows.of_matrix(vectors, dimensions)}, finite)
-        dense = wants(outputs, "dense")
-        finite |= ~dense
-        arrays = {"dense": Rows.of_matrix(vectors, np.where(dense, dimensions, 0).astype(np.int32))}
-        if bool(wants(outputs, "sparse").any()):
-            arrays |= self._sparse(states, batch, wants(outputs, "sparse"), finite)
-        if bool(wants(outputs, "colbert").any()):
-            arrays |= self._colbert(states, batch, wants(outputs, "colbert"), finite)
-        return Embedded(arrays, finite)
+            outputs = np.full(len(lengths), output_bits(("dense",)), np.int32)
+        self._check(ids, lengths, dimensions, outputs)
+        whole = self._unless_out_of_memory(
+            lambda: self._run(ids, lengths, dimensions, outputs), f"a text of {len(ids)} tokens", len(lengths), len(ids)
+        )
+        if whole is not None:
+            return whole
+        # By half of the tokens, with a row on both sides.
+        ends = np.cumsum(lengths, dtype=np.int64)
+        row = min(max(1, int(np.searchsorted(ends, ends[-1] / 2, side="right"))), len(lengths) - 1)
+        token = int(ends[row - 1])
+        return _joined(
+            self.run(ids[:token], lengths[:row], dimensions[:row], outputs[:row]),
+            self.run(ids[token:], lengths[row:], dimensions[row:], outputs[row:]),
+        )
 
     @torch.inference_mode()
     def run_images(self, pixels: npt.NDArray[np.uint8], dimensions: Ints) -> Embedded:
@@ -219,60 +225,131 @@ class Runner:
         if not rows or pixels.size != rows * size * size * 3:
             raise BatchError(f"{pixels.size} bytes of pixels came for {rows} images of {size} by {size}")
         self._check_dimensions(dimensions)
-        # Copies: buffers of frames are read-only, and torch warns of such.
-        host = torch.from_numpy(pixels.reshape(rows, size, size, 3).copy())
-        cut = self._cut(dimensions)
-        there = None if cut is None else torch.from_numpy(cut.copy()).to(self._device)
-        pooled = self._backend.images(host.to(self._device)).float()
-        vectors, finite = self._finish(pooled, there, dimensions)
-        return Embedded({"dense": Rows.of_matrix(vectors, dimensions)}, finite)
+        tokens = rows * images.tokens
+        whole = self._unless_out_of_memory(
+            lambda: self._run_images(pixels.reshape(rows, size, size, 3), dimensions, tokens), "an image", rows, tokens
+        )
+        if whole is not None:
+            return whole
+        row, byte = rows // 2, (rows // 2) * size * size * 3
+        return _joined(
+            self.run_images(pixels[:byte], dimensions[:row]), self.run_images(pixels[byte:], dimensions[row:])
+        )
 
-    def _cut(self, dimensions: Ints) -> Ints | None:
-        """The dimensions, or None where no row is cut."""
-        return None if int(dimensions.min()) == self._config.dimension else dimensions
+    def _unless_out_of_memory(self, run: Callable[[], Embedded], one: str, rows: int, tokens: int) -> Embedded | None:
+        """What `run` gives, or None where there is not memory enough but a smaller batch may fit.
 
-    def _finish(self, pooled: Tensor, cut: Tensor | None, dimensions: Ints) -> tuple[Floats, Flags]:
-        """Cut, normalise, check: vectors float32 [rows, max(dimensions)] on the host, and which are finite."""
-        vectors, finite = pooling.finish(pooled, cut, normalize=self._config.normalize)
-        # The first copy waits for the device; the second finds it done.
-        host: Floats = vectors[:, : int(dimensions.max())].cpu().numpy()
-        flags: Flags = finite.cpu().numpy()
-        return host, flags
+        Raises OutOfMemoryError, which calls the row `one`, where there is none smaller.
+        """
+        try:
+            return run()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        # Behind the handler, where the error's traceback no longer keeps the batch's tensors.
+        if self._device.type == "cuda":
+            # For those who take memory beside torch's allocator, which would have given up its own by itself.
+            torch.cuda.empty_cache()
+        if rows == 1:
+            raise OutOfMemoryError(
+                f"{one} does not fit into the memory of {self._device}{devices.memory_left(self._device)}"
+            )
+        # Once for batches of like size.
+        if tokens.bit_length() not in self._warned:
+            self._warned.add(tokens.bit_length())
+            log.warning(
+                "out of memory: a batch runs in halves; a smaller --max-batch-tokens would avoid it",
+                extra={"texts": rows, "tokens": tokens},
+            )
+        return None
 
-    def _sparse(self, states: Tensor, batch: PackedBatch, wanted: Flags, finite: Flags) -> dict[str, Rows]:
-        """bge-m3's weights of the rows that want them; clears `finite` where they are not."""
-        rows = batch.host
-        weights, fine = heads.sparse_weights(states, self._heads["sparse"], batch.layout)
-        host: Floats = weights.cpu().numpy()
-        finite[rows.order] &= fine.cpu().numpy() | ~wanted[rows.order]
-        host[~wanted[rows.order][rows.rows]] = 0.0
-        found = heads.sparse_rows(rows.ids, host, rows.cu_seqlens, self._config.ignored_token_ids)
+    def _run(self, ids: Ints, lengths: Ints, dimensions: Ints, outputs: Ints) -> Embedded:
+        dense, sparse, colbert = (wants(outputs, output) for output in OUTPUTS)
+        rows = PackedRows.pack(ids, lengths)
+        bucket = graphs.bucket_for(self._graphs, len(ids), len(lengths))
+        staged = rows if bucket is None else rows.in_bucket(bucket.tokens, bucket.rows)
+        arrays = {
+            "ids": staged.ids,
+            "positions": staged.positions,
+            "rows": staged.rows,
+            "cu_seqlens": staged.cu_seqlens,
+        }
+        if self._cuts(dimensions):
+            arrays["dimensions"] = dimensions[rows.order]
+        chosen = None
+        if colbert.any() and not colbert.all():
+            chosen, tokens = rows.only(colbert[rows.order])
+            arrays |= _arrays(chosen, "colbert_") | {"colbert_tokens": tokens.astype(np.int32)}
+
+        def launch(there: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            batch = _batch(rows, there)
+            if bucket is None:
+                states = self._backend.hidden_states(batch)
+            else:
+                states = self._graphs[bucket].replay([there[name] for name in _arrays(staged)])[: len(ids)]
+            if self._backend.pools:
+                pooled = states.float()
+            else:
+                pooled = pooling.pool(states, batch.layout.cu_seqlens, self._config.pooling)
+            found = self._finish(pooled, there, dimensions)
+            if sparse.any():
+                found["sparse"], found["sparse_finite"] = heads.sparse_weights(
+                    states, self._heads["sparse"], batch.layout
+                )
+            if colbert.any():
+                if chosen is not None:
+                    states = states.index_select(0, there["colbert_tokens"])
+                    batch = _batch(chosen, there, "colbert_")
+                found["colbert"], found["colbert_finite"] = heads.colbert_vectors(
+                    states, self._heads["colbert"], batch.layout
+                )
+            return found
+
+        with self._staging.run(arrays, launch) as host:
+            finite = rows.restore(host["finite"]) | ~dense
+            answer = {"dense": Rows.of_matrix(rows.restore(host["vectors"]), dimensions * dense)}
+            if "sparse" in host:
+                answer |= self._sparse(rows, host["sparse"], sparse)
+                finite[rows.order] &= host["sparse_finite"] | ~sparse[rows.order]
+            if "colbert" in host:
+                part = rows if chosen is None else chosen
+                answer["colbert"] = _colbert(part, host["colbert"], len(lengths))
+                finite[part.order] &= host["colbert_finite"]
+        padded = self._backend.cost == "padded"
+        return Embedded(answer, finite, len(lengths) * rows.max_seqlen if padded else len(staged.ids))
+
+    def _run_images(self, pixels: npt.NDArray[np.uint8], dimensions: Ints, tokens: int) -> Embedded:
+        arrays: dict[str, npt.NDArray[np.uint8] | Ints] = {"pixels": pixels}
+        if self._cuts(dimensions):
+            arrays["dimensions"] = dimensions
+
+        def launch(there: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return self._finish(self._backend.images(there["pixels"]).float(), there, dimensions)
+
+        with self._staging.run(arrays, launch) as host:
+            vectors, finite = host["vectors"].copy(), host["finite"].copy()
+        return Embedded({"dense": Rows.of_matrix(vectors, dimensions)}, finite, tokens)
+
+    def _cuts(self, dimensions: Ints) -> bool:
+        return int(dimensions.min()) < self._config.dimension
+
+    def _finish(self, pooled: Tensor, there: Mapping[str, Tensor], dimensions: Ints) -> dict[str, Tensor]:
+        """Cut, normalise, check: vectors float32 [rows, max(dimensions)], and which are finite."""
+        vectors, finite = pooling.finish(pooled, there.get("dimensions"), normalize=self._config.normalize)
+        return {"vectors": vectors[:, : int(dimensions.max())], "finite": finite}
+
+    def _sparse(self, rows: PackedRows, weights: Floats, wanted: Flags) -> dict[str, Rows]:
+        """bge-m3's weights of the rows that want them: weights float32 [tokens]."""
+        kept = np.where(wanted[rows.order][rows.rows], weights, np.float32(0))
+        found = heads.sparse_rows(rows.ids, kept, rows.cu_seqlens, self._config.ignored_token_ids)
         back = np.argsort(rows.order)
         return {
             "sparse_ids": Rows.of([found[row][0] for row in back], "<i4"),
             "sparse_weights": Rows.of([found[row][1] for row in back], "<f4"),
         }
 
-    def _colbert(self, states: Tensor, batch: PackedBatch, wanted: Flags, finite: Flags) -> dict[str, Rows]:
-        """bge-m3's vectors of the rows that want them; clears `finite` where they are not."""
-        kept = wanted[batch.host.order]
-        if not kept.all():
-            part, tokens = batch.host.only(kept)
-            states = states.index_select(0, torch.from_numpy(tokens).to(self._device))
-            batch, _ = self._stage.send(part, None)
-        rows = batch.host
-        vectors, fine = heads.colbert_vectors(states, self._heads["colbert"], batch.layout)
-        host: Floats = vectors.cpu().numpy()
-        finite[rows.order] &= fine.cpu().numpy()
-        pieces = [np.empty(0, np.float32)] * len(wanted)
-        # A row of n tokens has n - 1 vectors.
-        ends = rows.cu_seqlens[1:] - np.arange(1, len(rows.order) + 1)
-        for row, piece in zip(rows.order, np.split(host, ends[:-1]), strict=True):
-            pieces[row] = piece.reshape(-1)
-        return {"colbert": Rows.of(pieces, "<f4")}
-
-    def _check(self, ids: Ints, lengths: Ints, dimensions: Ints, outputs: Ints | None) -> None:
-        if dimensions.shape != lengths.shape or (outputs is not None and outputs.shape != lengths.shape):
+    def _check(self, ids: Ints, lengths: Ints, dimensions: Ints, outputs: Ints) -> None:
+        if dimensions.shape != lengths.shape or outputs.shape != lengths.shape:
             raise BatchError(f"{len(lengths)} lengths came with {len(dimensions)} dimensions; expected one each")
         if not len(ids) or not len(lengths):
             raise BatchError("a batch needs at least one text")
@@ -288,10 +365,9 @@ class Runner:
                 "cut it in the tokenizer"
             )
         self._check_dimensions(dimensions)
-        if outputs is not None:
-            known = output_bits(self._config.outputs)
-            if int(np.bitwise_or.reduce(outputs)) & ~known or not int(outputs.min()):
-                raise BatchError(f"outputs that this model does not have; it has {', '.join(self._config.outputs)}")
+        known = output_bits(self._config.outputs)
+        if int(np.bitwise_or.reduce(outputs)) & ~known or not int(outputs.min()):
+            raise BatchError(f"outputs that this model does not have; it has {', '.join(self._config.outputs)}")
 
     def _check_dimensions(self, dimensions: Ints) -> None:
         if int(dimensions.min()) < 1 or int(dimensions.max()) > self._config.dimension:
@@ -300,165 +376,93 @@ class Runner:
                 f"{self._config.dimension}"
             )
 
+    @torch.inference_mode()
     def warm_up(self, progress: Callable[[str], None] = lambda _: None, *, max_batch_tokens: int | None = None) -> None:
         """Let the model answer for the first time: allocators and libraries settle, a broken device shows.
 
-        `info.max_batch_tokens` becomes the given number, or the one that is measured; which takes a second or two.
-        Raises CheckpointError if no vector is finite.
+        Call it when all models of the device are loaded, for it looks at the memory that is left. On CUDA it captures
+        the graphs of small batches. `info.max_batch_tokens` becomes the given number, or the one that is measured.
+        Raises CheckpointError if no vector is finite, DeviceError if the longest text does not fit into the memory.
         """
+        config = self._config
+        texts = bounds.Texts(self._backend.cost, config.max_tokens, config.vocab_size)
+        self._probe(*texts.within(bounds.SMALLEST))
+        on_gpu = self._device.type == "cuda"
+        if on_gpu and self._backend.name == "native" and self._backend.cost == "packed":
+            self._graphs = graphs.capture(self._backend, config, self._device, progress)
+        if config.outputs != ("dense",):
+            every = np.array([output_bits(config.outputs)], np.int32)
+            self.run(np.zeros(2, np.int32), np.array([2], np.int32), np.array([config.dimension], np.int32), every)
+        if config.images is not None:
+            size = config.images.size
+            self.run_images(np.zeros(size * size * 3, np.uint8), np.array([config.dimension], np.int32))
+        if on_gpu:
+            # Not on a CPU, where it may take a minute, and the memory of the machine is paged.
+            self._probe_longest()
         if max_batch_tokens is not None:
             self._max_batch_tokens = max_batch_tokens
-            self._probe(_SMALLEST_BATCH)
-        else:
-            self._measure(progress)
-        full = np.array([self._config.dimension], np.int32)
-        if self._config.outputs != ("dense",):
-            every = np.array([output_bits(self._config.outputs)], np.int32)
-            self.run(np.zeros(2, np.int32), np.array([2], np.int32), full, every)
-        if self._config.images is not None:
-            size = self._config.images.size
-            self.run_images(np.zeros(size * size * 3, np.uint8), full)
+            return
+        bound = bounds.measure(self._probe, texts, self._device)
+        self._max_batch_tokens = bound.tokens
+        progress(f"batches of up to {bound.tokens} tokens: {bound.reason} ({bound.rate:,.0f} tokens/s)")
 
-    def _measure(self, progress: Callable[[str], None]) -> None:
-        """Run batches of growing size, and take the smallest within 3 % of the best rate, among those that run in about
-        100 ms on a CPU or 20 ms on a GPU."""
-        fastest: dict[int, float] = {}
-        # Several times: other processes start at the same time, and what they disturb once they leave alone the next.
-        for _ in range(3):
-            size = _SMALLEST_BATCH
-            while size <= _LARGEST_BATCH[self._device.type]:
-                fastest[size] = min(fastest.get(size, math.inf), self._probe(self._filled(size)))
-                # The next one takes about twice as long.
-                if fastest[size] * 2 > _LONGEST_BATCH_S[self._device.type]:
-                    break
-                size *= 2
-        rates = {size: self._filled(size) / seconds for size, seconds in fastest.items()}
-        best = max(rates.values())
-        self._max_batch_tokens = next(size for size, rate in rates.items() if rate >= _NEAR_BEST * best)
-        progress(f"batches of up to {self._max_batch_tokens} tokens, {best:,.0f} tokens/s")
+    def _probe(self, ids: Ints, lengths: Ints) -> None:
+        """Run a batch. Raises CheckpointError if no vector of it is finite."""
+        finite = self.run(ids, lengths, np.full(len(lengths), self._config.dimension, np.int32)).finite
+        if not finite.any():
+            raise CheckpointError(
+                f"{self._config.folder}: every vector that the model gives holds a NaN or an infinity; its weights "
+                "are damaged, or its activations overflow the dtype: try --dtype float32"
+            )
 
-    def _filled(self, bound: int) -> int:
-        """Tokens in a batch of this bound: texts are whole, so it falls short by half a text on average."""
-        return bound - sum(self._probe_lengths()) // 4
-
-    def _probe_lengths(self) -> tuple[int, int]:
-        shortest, longest = _PROBE_LENGTHS
-        return min(shortest, self._config.max_tokens), min(longest, self._config.max_tokens)
-
-    def _probe(self, tokens: int) -> float:
-        """Seconds of the fastest of three runs of so many tokens."""
-        chance = np.random.default_rng(0)
-        shortest, longest = self._probe_lengths()
-        lengths = chance.integers(shortest, longest, tokens, dtype=np.int32, endpoint=True)
-        rows = int(np.searchsorted(np.cumsum(lengths), tokens)) + 1
-        lengths = lengths[:rows]
-        lengths[-1] -= lengths.sum() - tokens
-        ids = chance.integers(0, self._config.vocab_size, tokens, dtype=np.int32)
-        dimensions = np.full(rows, self._config.dimension, dtype=np.int32)
-        fastest = float("inf")
-        for _ in range(3):
-            started = time.perf_counter()
-            finite = self.run(ids, lengths, dimensions).finite
-            if not finite.any():
-                raise CheckpointError(
-                    f"{self._config.folder}: every vector that the model gives holds a NaN or an infinity; its weights "
-                    "are damaged, or its activations overflow the dtype: try --dtype float32"
-                )
-            fastest = min(fastest, time.perf_counter() - started)
-        return fastest
+    def _probe_longest(self) -> None:
+        longest = self._config.max_tokens
+        try:
+            self._probe(np.zeros(longest, np.int32), np.array([longest], np.int32))
+        except OutOfMemoryError as error:
+            raise DeviceError(
+                f"{self._config.folder.name} takes texts of up to {longest} tokens, and {error}; serve fewer models "
+                "there, or set a smaller max_seq_length in the model's sentence_bert_config.json"
+            ) from error
 
 
-class _Stage:
-    """Brings a batch's integers to the device: in place on the CPU, in one copy from pinned memory to CUDA."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._pinned = torch.empty(0, dtype=torch.int32)
-
-    def send(self, rows: PackedRows, dimensions: Ints | None) -> tuple[PackedBatch, Tensor | None]:
-        """Return the batch on the device, and dimensions there."""
-        if self._device.type == "cpu":
-            return PackedBatch.on_cpu(rows), None if dimensions is None else torch.from_numpy(dimensions)
-        parts = [rows.ids, rows.positions, rows.rows, rows.cu_seqlens]
-        if dimensions is not None:
-            parts.append(dimensions)
-        sizes = [len(part) for part in parts]
-        total = sum(sizes)
-        if self._pinned.numel() < total:
-            self._pinned = torch.empty(2 * total, dtype=torch.int32, pin_memory=True)
-        # Free for reuse: `run` has waited for the previous batch before it returned.
-        np.concatenate(parts, out=self._pinned.numpy()[:total])
-        there = torch.split(self._pinned[:total].to(self._device, non_blocking=True), sizes)
-        batch = PackedBatch.from_staged(rows, ids=there[0], positions=there[1], rows=there[2], cu_seqlens=there[3])
-        return batch, there[4] if dimensions is not None else None
+def _arrays(host: PackedRows, prefix: str = "") -> dict[str, Ints]:
+    """What of a batch goes to the device."""
+    return {
+        f"{prefix}ids": host.ids,
+        f"{prefix}positions": host.positions,
+        f"{prefix}rows": host.rows,
+        f"{prefix}cu_seqlens": host.cu_seqlens,
+    }
 
 
-def _pick_device(asked: str) -> torch.device:
-    if asked == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    kind, _, index = asked.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()) or (kind == "cpu" and index):
-        raise DeviceError(f"device {asked!r} is unknown; expected auto, cpu, cuda or cuda:N")
-    if kind == "cpu":
-        return torch.device("cpu")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not count:
-        built = "this torch is built without CUDA" if torch.version.cuda is None else "the driver shows no GPU"
-        raise DeviceError(f"device {asked!r}: no CUDA device is there ({built}); use --device cpu or auto")
-    if index and int(index) >= count:
-        raise DeviceError(f"device {asked!r}: there are {count} CUDA devices, the last is cuda:{count - 1}")
-    return torch.device("cuda", int(index or 0))
+def _batch(host: PackedRows, there: Mapping[str, Tensor], prefix: str = "") -> PackedBatch:
+    """The batch from what is staged of it. A bucket's padding, which lies behind, is left out."""
+    tokens, rows = len(host.ids), len(host.lengths)
+    return PackedBatch.from_staged(
+        host,
+        ids=there[f"{prefix}ids"][:tokens],
+        positions=there[f"{prefix}positions"][:tokens],
+        rows=there[f"{prefix}rows"][:tokens],
+        cu_seqlens=there[f"{prefix}cu_seqlens"][: rows + 1],
+    )
 
 
-# Activations of these grow beyond float16's range, and vectors would hold infinities.
-_OVERFLOWING = ("qwen3", "gemma")
-# bfloat16 in hardware begins with Ampere.
-_AMPERE = (8, 0)
+def _colbert(part: PackedRows, vectors: Floats, rows: int) -> Rows:
+    """bge-m3's vectors, float32 [tokens - rows, dim], of a part of `rows` rows."""
+    pieces = [np.empty(0, np.float32)] * rows
+    # A row of n tokens has n - 1 vectors.
+    ends = part.cu_seqlens[1:] - np.arange(1, len(part.order) + 1)
+    for row, piece in zip(part.order, np.split(vectors, ends[:-1]), strict=True):
+        pieces[row] = piece.reshape(-1)
+    return Rows.of(pieces, "<f4")
 
 
-def _pick_dtype(asked: str, device: torch.device, config: ModelConfig, progress: Callable[[str], None]) -> torch.dtype:
-    architecture = config.architecture
-    kind = architecture.model_type if isinstance(architecture, ForeignArchitecture) else config.family
-    overflows = kind.startswith(_OVERFLOWING)
-    has_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= _AMPERE
-    if asked == "auto":
-        if device.type == "cpu":
-            return torch.float32
-        if not overflows and config.stored_dtype != "bfloat16":
-            return torch.float16
-        if has_bfloat16:
-            return torch.bfloat16
-        progress(f"{_device_name(device)} has no bfloat16 and the model may overflow float16: float32, which is slower")
-        return torch.float32
-    if asked not in _DTYPES:
-        raise DeviceError(f"dtype {asked!r} is unknown; expected auto, {', '.join(_DTYPES)}")
-    dtype = _DTYPES[asked]
-    if device.type == "cpu" and dtype != torch.float32:
-        raise DeviceError(
-            f"dtype {asked} on the CPU is not supported: it is slower than float32 there and less exact; use "
-            "float32 or auto"
-        )
-    if dtype == torch.float16 and overflows:
-        raise DeviceError("dtype float16: activations of this model overflow it; use bfloat16, float32 or auto")
-    if dtype == torch.bfloat16 and not has_bfloat16:
-        raise DeviceError(f"dtype bfloat16: {_device_name(device)} has none; use float16 or float32")
-    return dtype
-
-
-def _set_threads(asked: int | None) -> int:
-    if asked is not None and asked < 1:
-        raise DeviceError(f"threads {asked}: expected at least 1")
-    count = asked if asked is not None else cpu_threads.default_count()
-    torch.set_num_threads(count)
-    return count
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
+def _joined(first: Embedded, second: Embedded) -> Embedded:
+    """The answer to a batch that ran in two parts."""
+    finite = np.concatenate([first.finite, second.finite])
+    positions = np.arange(len(finite), dtype=np.int32)
+    parts = [(positions[: len(first.finite)], first.arrays), (positions[len(first.finite) :], second.arrays)]
+    names = [name for name in ARRAYS if name in first.arrays or name in second.arrays]
+    arrays = {name: join(name, len(finite), parts) for name in names}
+    return Embedded(arrays, finite, first.computed_tokens + second.computed_tokens)
