@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -209,10 +209,8 @@ class Engine:
         else:
             self._estimates.learn(batch, seconds)
             not_finite = np.flatnonzero(~embedded.finite).tolist()
-            padded = self._runners[batch.run.model].info.cost == "padded"
-            computed = len(batch.lengths) * int(batch.lengths.max()) if padded else batch.tokens
             names, buffers = pack(embedded.arrays)
-            answer = wire.BatchDone(batch.run.batch, names, seconds, computed, not_finite)
+            answer = wire.BatchDone(batch.run.batch, names, seconds, embedded.computed_tokens, not_finite)
             payload = [*buffers]
         # The next one first: it only takes a hand-over, and then the device is busy while this one is sent.
         self._start_next()
@@ -251,13 +249,13 @@ async def serve(options: EngineOptions, address: str, alive: Liveness) -> None:
 
 def _load(options: EngineOptions, alive: Liveness) -> dict[str, Runner]:
     """In the device thread: load every model and let it answer once."""
+
+    def progress(name: str) -> Callable[[str], None]:
+        return lambda message: alive.progress(f"{name}: {message}")
+
     runners = {}
     for name, config in options.models.items():
-
-        def progress(message: str, name: str = name) -> None:
-            alive.progress(f"{name}: {message}")
-
-        runner = Runner.load(
+        runners[name] = Runner.load(
             config.folder,
             config=config,
             device=options.device,
@@ -265,10 +263,11 @@ def _load(options: EngineOptions, alive: Liveness) -> dict[str, Runner]:
             backend=options.backend,
             threads=options.threads,
             pin=True,
-            progress=progress,
+            progress=progress(name),
         )
-        runner.warm_up(progress, max_batch_tokens=options.max_batch_tokens)
-        runners[name] = runner
+    # When the weights of all are there: a batch may have the memory that they leave.
+    for name, runner in runners.items():
+        runner.warm_up(progress(name), max_batch_tokens=options.max_batch_tokens)
     return runners
 
 

@@ -54,7 +54,7 @@ class FakeRunner:
             time.sleep(0.2)
         vectors = np.stack([firsts, lengths], axis=1).astype(np.float32)
         vectors[firsts == NAN] = np.nan
-        return Embedded({"dense": Rows.of_matrix(vectors, dimensions)}, np.isfinite(vectors).all(axis=1))
+        return Embedded({"dense": Rows.of_matrix(vectors, dimensions)}, np.isfinite(vectors).all(axis=1), len(ids))
 
 
 def dense(result: Result) -> list[list[float]]:
