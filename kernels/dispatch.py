@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from embedserve.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rm
 from embedserve.kernels.rotary import norm_rotate
 
 _HALF = (torch.float16, torch.bfloat16)
-# FlashAttention's kernels begin with Ampere.
+# FlashAttention's kernels begin with Ampere, and so does what Triton supports.
 _AMPERE = (8, 0)
 
 
@@ -59,11 +60,35 @@ def choose(device: torch.device, dtype: torch.dtype, *, reference: bool = False)
     if reference:
         return REFERENCE
     if device.type == "cuda":
-        packed = dtype in _HALF and torch.cuda.get_device_capability(device) >= _AMPERE
-        return replace(REFERENCE, attend=attend_varlen if packed else attend_padded, pads=not packed)
+        if torch.cuda.get_device_capability(device) < _AMPERE:
+            return replace(REFERENCE, attend=attend_padded, pads=True)
+        packed = dtype in _HALF
+        return fused(attend_varlen if packed else attend_padded, pads=not packed)
     if device.type == "cpu" and dtype == torch.float32 and OneDnnLinear.available():
         return replace(REFERENCE, linear=OneDnnLinear, gated=_onednn_gated)
     return REFERENCE
+
+
+def fused(attend: Attend, *, pads: bool = False) -> Kernels:
+    """Return cuBLAS's products with our Triton kernels between them: all but attention, in every float up to 32 bits.
+
+    Raises ImportError where torch came without Triton, as its CPU builds do.
+    """
+    from embedserve.kernels import activation_triton, embedding_triton, norm_triton, rotary_triton
+
+    linear = activation_triton.CublasLinear
+    return Kernels(
+        attend=attend,
+        linear=linear,
+        gated=partial(OneProduct, linear=linear, gate=activation_triton.glu),
+        embed=embedding_triton.embed,
+        layer_norm=norm_triton.layer_norm,
+        add_layer_norm=norm_triton.add_layer_norm,
+        rms_norm=norm_triton.rms_norm,
+        add_rms_norm=norm_triton.add_rms_norm,
+        norm_rotate=rotary_triton.norm_rotate,
+        pads=pads,
+    )
 
 
 def _onednn_gated(weight: Tensor, bias: Tensor | None, activation: str, gate_first: bool) -> Linear:
