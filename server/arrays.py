@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ARRAYS", "OUTPUTS", "Rows", "join", "output_bits", "pack", "unpack", "wants"]
+__all__ = ["ARRAYS", "OUTPUTS", "Rows", "array_names", "join", "output_bits", "pack", "unpack", "wants"]
 
 ARRAYS = {"dense": "<f4", "sparse_ids": "<i4", "sparse_weights": "<f4", "colbert": "<f4"}
 """Name → dtype."""
@@ -34,6 +34,11 @@ Ints = npt.NDArray[np.int32]
 def output_bits(outputs: Sequence[str]) -> int:
     """The outputs that a text is to have, as one number: bit i is the i-th of `OUTPUTS`."""
     return sum(_BITS[output] for output in outputs)
+
+
+def array_names(bits: int) -> list[str]:
+    """The arrays that a text with these outputs is answered with."""
+    return [name for output, names in OUTPUTS.items() if bits & _BITS[output] for name in names]
 
 
 def wants(bits: Ints, output: str) -> npt.NDArray[np.bool_]:
@@ -64,6 +69,17 @@ class Rows:
     def between(self, first: int, last: int) -> Rows:
         """Rows `first` to `last - 1`, without a copy."""
         return Rows(self.counts[first:last], self.elements[self._offsets[first] : self._offsets[last]])
+
+    def take(self, index: npt.NDArray[np.integer[Any]]) -> Rows:
+        """The rows that `index` names, in its order; the same one may be named more than once. Neighbours in their own
+        order are not copied."""
+        if len(index) == 1 or bool((index[1:] - index[:-1] == 1).all()):
+            return self.between(int(index[0]), int(index[-1]) + 1)
+        counts = self.counts[index]
+        columns = int(self.counts[0])
+        if bool((self.counts == columns).all()):
+            return Rows(counts, self.elements.reshape(len(self), columns)[index].reshape(-1))
+        return Rows(counts, np.concatenate([self[row] for row in index]))
 
     @classmethod
     def of(cls, rows: Sequence[npt.NDArray[Any]], dtype: str) -> Rows:
@@ -96,10 +112,7 @@ def join(name: str, rows: int, parts: Sequence[tuple[Ints, Mapping[str, Rows]]])
     counts[positions] = together.counts
     if _ascend(positions):
         return Rows(counts, together.elements)
-    order = np.argsort(positions)
-    if bool((together.counts == together.counts[0]).all()):
-        return Rows(counts, together.elements.reshape(len(order), -1)[order].reshape(-1))
-    return Rows(counts, np.concatenate([together[row] for row in order]))
+    return Rows(counts, together.take(np.argsort(positions)).elements)
 
 
 def _ascend(positions: Ints) -> bool:

@@ -9,15 +9,22 @@ No sockets, no torch, no clock: the broker calls it, the tests exhaust it. The r
 - A large request is split. What is left of it after a batch lines up again behind the requests that came in
   meanwhile: one text never waits for the whole of a large job, and large jobs take turns.
 - Nothing is bound before an engine asks for it, so a late arrival still joins the next batch.
+- Equal texts run once. Each request keeps its own place in line for each of its texts; whichever comes first runs, and
+  all others that wait for an equal text get its row, as do those that arrive while it runs. So none is served later
+  than without the others, but for the rest of the batch that computes its text already; and one that goes takes
+  nothing from the others.
 - The texts of a request whose client has gone are dropped while they wait.
-- The queue is bounded in tokens. When nothing waits, any request is taken, however large.
-- Texts whose batch died with its engine come back once, to the front, each request in batches of its own: a guilty one
-  then takes no neighbour with it. A request that is lost a second time is given up.
+- The queue is bounded in tokens. When nothing waits, any request is taken, however large. An equal text counts as any
+  other while it waits, for the bound keeps memory as well as time; one that runs already does not wait.
+- Texts whose batch died with its engine come back to the front, each request in batches of its own and with nothing
+  beside them on the engine: a guilty one then takes no neighbour with it, and none pays for a neighbour. A request
+  that is lost when it runs like this is given up; if it was one text that ran, so are the others that were lost
+  before and wait for an equal one.
 """
 
 import bisect
-from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, NamedTuple, TypeVar
@@ -34,6 +41,9 @@ class Lane(NamedTuple):
 
 K = TypeVar("K", bound=Hashable)
 """What the caller knows a request by."""
+
+T = TypeVar("T", bound=Hashable)
+"""What the caller knows a text by: equal ones are of one lane, have as many tokens and the same answer."""
 
 
 class Cost(Enum):
@@ -62,61 +72,67 @@ class QueueFullError(Exception):
         self.tokens = tokens
 
 
-@dataclass(eq=False)
-class Work(Generic[K]):
-    """One request: the token counts (≥ 1) of its texts, by position."""
+@dataclass(eq=False, slots=True)
+class Work(Generic[K, T]):
+    """One request: its texts and their tokens (≥ 1), in order."""
 
     key: K
     lane: Lane
-    lengths: Sequence[int]
-    waiting: deque[int]
-    """Positions that are in no batch, in the order in which they will run."""
+    texts: Mapping[T, int]
+    waiting: dict[T, int]
+    """Those that are in no batch, in the same order."""
     unfinished: int
     """Texts that have no result yet, waiting or running."""
+    turn: int
+    """The place in line: the lowest is served first."""
     suspect: bool = False
     """A batch with texts of this request was lost with its engine."""
-    turn: int = 0
-    """The place in line: the lowest is served first."""
 
 
-@dataclass(frozen=True, eq=False)
-class Segment(Generic[K]):
-    """The part of a batch that belongs to one request: positions into its texts, in the batch's row order."""
+class Segment(NamedTuple, Generic[K, T]):
+    """The part of a batch that a request has brought into it."""
 
-    work: Work[K]
-    positions: Sequence[int]
+    work: Work[K, T]
+    texts: Sequence[T]
 
 
-@dataclass(frozen=True, eq=False)
-class Batch(Generic[K]):
+@dataclass(frozen=True, eq=False, slots=True)
+class Batch(Generic[K, T]):
     """Texts to run together. Its rows are those of the segments, one segment after the other."""
 
     id: int
     lane: Lane
-    segments: Sequence[Segment[K]]
+    segments: Sequence[Segment[K, T]]
     lengths: Sequence[int]
     """Tokens of each row."""
+    claims: dict[Work[K, T], list[T]]
+    """All requests that get rows of it, and which: those of the segments, and those that have equal texts."""
+    alone: bool
+    """It is of a suspect: nothing may run beside it on its engine."""
 
 
-@dataclass(frozen=True, eq=False)
-class Finished(Generic[K]):
-    """A segment whose batch has run: it starts at `first_row` of the batch, and `left` texts of its request remain."""
+class Finished(NamedTuple, Generic[K, T]):
+    """Texts of a request that a batch has computed; `left` texts of the request remain."""
 
-    segment: Segment[K]
-    first_row: int
+    work: Work[K, T]
+    texts: Sequence[T]
     left: int
 
 
-class Batcher(Generic[K]):
+class Batcher(Generic[K, T]):
     """The queue of all requests of all lanes. At most `max_queue_tokens` tokens wait in it."""
 
     def __init__(self, max_queue_tokens: int) -> None:
         self.max_queue_tokens = max_queue_tokens
         self.waiting_tokens = 0
         self.waiting_texts = 0
-        self._works: dict[K, Work[K]] = {}
-        self._lines: dict[Lane, OrderedDict[K, Work[K]]] = {}
-        self._running: dict[int, Batch[K]] = {}
+        self._works: dict[K, Work[K, T]] = {}
+        self._lines: dict[Lane, OrderedDict[K, Work[K, T]]] = {}
+        self._waiting: dict[T, dict[Work[K, T], None]] = {}
+        """Text → the requests that wait for it."""
+        self._batches: dict[int, Batch[K, T]] = {}
+        self._running: dict[T, Batch[K, T]] = {}
+        """Text → the batch that computes it for all. Suspects' are not among them."""
         self._last_turn = 0
         self._first_turn = 0
         self._last_batch = 0
@@ -125,37 +141,49 @@ class Batcher(Generic[K]):
         """Requests that are waiting, running or both."""
         return len(self._works)
 
-    def add(self, key: K, lane: Lane, lengths: Sequence[int]) -> Work[K]:
-        """Queue a request. Raises `QueueFullError` when it does not fit behind those that wait."""
-        tokens = sum(lengths)
-        if self.waiting_tokens and self.waiting_tokens + tokens > self.max_queue_tokens:
-            raise QueueFullError(self.waiting_tokens, tokens)
+    def add(self, key: K, lane: Lane, texts: Mapping[T, int]) -> Work[K, T]:
+        """Queue a request: its texts and their tokens. Raises `QueueFullError` when it does not fit behind those that
+        wait."""
         if key in self._works:
             raise ValueError(f"a request with the key {key!r} is here already")
-        if not lengths or min(lengths) < 1:
+        if not texts or min(texts.values()) < 1:
             raise ValueError("a request needs texts, and each at least one token")
-        work = Work(key, lane, lengths, waiting=deque(range(len(lengths))), unfinished=len(lengths))
+        running = self._running
+        waiting = {text: tokens for text, tokens in texts.items() if text not in running}
+        tokens = sum(waiting.values())
+        if tokens and self.waiting_tokens and self.waiting_tokens + tokens > self.max_queue_tokens:
+            raise QueueFullError(self.waiting_tokens, tokens)
+        self._last_turn += 1
+        work = Work(key, lane, texts, waiting, len(texts), self._last_turn)
         self._works[key] = work
-        self._count(work, work.waiting, +1)
-        self._line_up(work)
+        if len(waiting) < len(texts):
+            for text in texts:
+                if text not in waiting:
+                    running[text].claims.setdefault(work, []).append(text)
+        if waiting:
+            self._wait(work, waiting)
+            self._lines.setdefault(lane, OrderedDict())[key] = work
         return work
 
-    def cancel(self, key: K) -> Work[K] | None:
-        """Forget a request. What waits of it does not run; what runs is left out of `finish`."""
+    def cancel(self, key: K) -> Work[K, T] | None:
+        """Forget a request. What waits of it alone does not run; what runs is left out of `finish`."""
         work = self._works.pop(key, None)
         if work is not None and work.waiting:
-            self._count(work, work.waiting, -1)
+            for text in work.waiting:
+                self._leave_text(work, text)
+            self._count(work.waiting.values(), -1)
             work.waiting.clear()
             self._leave_line(work)
         return work
 
-    def cancel_lane(self, lane: Lane) -> list[Work[K]]:
+    def cancel_lane(self, lane: Lane) -> list[Work[K, T]]:
         """Forget every request of a lane that still has texts waiting: no engine is there to run them."""
         keys = list(self._lines.get(lane, ()))
         return [work for key in keys if (work := self.cancel(key)) is not None]
 
-    def take(self, bounds: Mapping[Lane, Bound]) -> Batch[K] | None:
-        """The next batch for an engine that serves the lanes of `bounds`; None when nothing waits for it.
+    def take(self, bounds: Mapping[Lane, Bound], *, idle: bool = True) -> Batch[K, T] | None:
+        """The next batch for an engine that serves the lanes of `bounds`; None when nothing waits for it, or what is
+        next has to run alone and the engine is not `idle`.
 
         The lane whose first request has waited longest goes first.
         """
@@ -163,101 +191,144 @@ class Batcher(Generic[K]):
         if not heads:
             return None
         head = min(heads, key=lambda work: work.turn)
+        if head.suspect and not idle:
+            return None
         bound = bounds[head.lane]
-        # A suspect shares its batch with nobody.
         candidates = [head] if head.suspect else (w for w in self._lines[head.lane].values() if not w.suspect)
         pick = _pick_packed if bound.cost is Cost.PACKED else _pick_alike
-        segments = [Segment(work, positions) for work, positions in pick(candidates, bound.tokens)]
+        segments = list(pick(candidates, bound.tokens))
+        lengths = [segment.work.texts[text] for segment in segments for text in segment.texts]
 
+        claims: dict[Work[K, T], list[T]] = {}
         for segment in segments:
-            work, taken = segment.work, set(segment.positions)
-            work.waiting = deque(position for position in work.waiting if position not in taken)
-            self._count(work, segment.positions, -1)
-            self._leave_line(work)
-            if work.waiting:
-                self._line_up(work)
+            for text in segment.texts:
+                for work in self._claim(text, head):
+                    claims.setdefault(work, []).append(text)
+        for work, texts in claims.items():
+            self._count([work.waiting.pop(text) for text in texts], -1)
+            if not work.waiting:
+                self._leave_line(work)
+        for segment in segments:
+            if segment.work.waiting:
+                self._last_turn += 1
+                segment.work.turn = self._last_turn
+                self._lines[head.lane].move_to_end(segment.work.key)
+
         self._last_batch += 1
-        lengths = [segment.work.lengths[position] for segment in segments for position in segment.positions]
-        batch = Batch(self._last_batch, head.lane, segments, lengths)
-        self._running[batch.id] = batch
+        batch = Batch(self._last_batch, head.lane, segments, lengths, claims, head.suspect)
+        self._batches[batch.id] = batch
+        if not batch.alone:
+            for segment in segments:
+                self._running.update(dict.fromkeys(segment.texts, batch))
         return batch
 
-    def finish(self, batch_id: int) -> list[Finished[K]]:
-        """A batch has run: its segments, without those whose requests were cancelled.
+    def finish(self, batch_id: int) -> list[Finished[K, T]]:
+        """A batch has run: what each request gets of it, those that were cancelled left out.
 
         A request without texts left is forgotten.
         """
-        finished, row = [], 0
-        for segment in self._running.pop(batch_id).segments:
-            work = segment.work
+        finished = []
+        for work, texts in self._end(batch_id).claims.items():
             if self._works.get(work.key) is work:
-                work.unfinished -= len(segment.positions)
-                finished.append(Finished(segment, row, work.unfinished))
+                work.unfinished -= len(texts)
+                finished.append(Finished(work, texts, work.unfinished))
                 if not work.unfinished:
                     del self._works[work.key]
-            row += len(segment.positions)
         return finished
 
-    def give_back(self, batch_id: int, *, ran: bool) -> list[Work[K]]:
+    def give_back(self, batch_id: int, *, ran: bool) -> list[Work[K, T]]:
         """A batch was lost with its engine: its texts line up again, in front of all others.
 
-        If it `ran`, each of its requests may have been the reason, and those that were suspect before are given up:
-        forgotten, and returned.
+        If it `ran`, each of its requests may have been the reason; one that ran alone was, and is given up: forgotten,
+        and returned.
         """
-        given_up = []
-        for segment in reversed(self._running.pop(batch_id).segments):
-            work = segment.work
-            if self._works.get(work.key) is not work:
-                continue
-            if ran and work.suspect:
+        batch = self._end(batch_id)
+        here = [work for work in batch.claims if self._works.get(work.key) is work]
+        if ran and batch.alone:
+            if len(batch.lengths) == 1:
+                [guilty] = batch.segments[0].texts
+                here += [work for work in self._waiting.get(guilty, ()) if work.suspect]
+            for work in here:
                 self.cancel(work.key)
-                given_up.append(work)
-                continue
+            return here
+        for work in sorted(here, key=lambda work: work.turn, reverse=True):
             work.suspect = work.suspect or ran
-            if work.waiting:
-                self._leave_line(work)
-            work.waiting.extendleft(reversed(segment.positions))
-            self._count(work, segment.positions, +1)
-            self._line_up(work, in_front=True)
-        return given_up
-
-    def _line_up(self, work: Work[K], *, in_front: bool = False) -> None:
-        line = self._lines.setdefault(work.lane, OrderedDict())
-        line[work.key] = work
-        if in_front:
+            texts = batch.claims[work]
+            self._wait(work, {text: work.texts[text] for text in texts})
+            back = {*texts, *work.waiting}
+            work.waiting = {text: tokens for text, tokens in work.texts.items() if text in back}
             self._first_turn -= 1
             work.turn = self._first_turn
+            line = self._lines.setdefault(work.lane, OrderedDict())
+            line[work.key] = work
             line.move_to_end(work.key, last=False)
-        else:
-            self._last_turn += 1
-            work.turn = self._last_turn
+        return []
 
-    def _leave_line(self, work: Work[K]) -> None:
+    def _wait(self, work: Work[K, T], texts: Mapping[T, int]) -> None:
+        for text in texts:
+            self._waiting.setdefault(text, {})[work] = None
+        self._count(texts.values(), +1)
+
+    def _claim(self, text: T, head: Work[K, T]) -> Iterable[Work[K, T]]:
+        """The requests that get a text's row from a batch at whose head `head` stands; they wait for it no more.
+
+        Suspects share with nobody: what kills an engine may be in any text of theirs.
+        """
+        if head.suspect:
+            self._leave_text(head, text)
+            return [head]
+        works = self._waiting.pop(text)
+        suspects = [work for work in works if work.suspect]
+        for work in suspects:
+            del works[work]
+        if suspects:
+            self._waiting[text] = dict.fromkeys(suspects)
+        return works
+
+    def _leave_text(self, work: Work[K, T], text: T) -> None:
+        works = self._waiting[text]
+        del works[work]
+        if not works:
+            del self._waiting[text]
+
+    def _leave_line(self, work: Work[K, T]) -> None:
         line = self._lines[work.lane]
         del line[work.key]
         if not line:
             del self._lines[work.lane]
 
-    def _count(self, work: Work[K], positions: Iterable[int], sign: int) -> None:
-        for position in positions:
+    def _end(self, batch_id: int) -> Batch[K, T]:
+        batch = self._batches.pop(batch_id)
+        if not batch.alone:
+            for segment in batch.segments:
+                for text in segment.texts:
+                    del self._running[text]
+        return batch
+
+    def _count(self, tokens: Iterable[int], sign: int) -> None:
+        for count in tokens:
             self.waiting_texts += sign
-            self.waiting_tokens += sign * work.lengths[position]
+            self.waiting_tokens += sign * count
 
 
-def _pick_packed(works: Iterable[Work[K]], bound: int) -> Iterable[tuple[Work[K], list[int]]]:
+def _pick_packed(works: Iterable[Work[K, T]], bound: int) -> Iterator[Segment[K, T]]:
     """Texts in line until the first one that no longer fits."""
+    picked: set[T] = set()
     room = bound
     for work in works:
-        positions: list[int] = []
-        for position in work.waiting:
-            length = work.lengths[position]
-            if length > room and not (room == bound and not positions):
+        texts: list[T] = []
+        for text, tokens in work.waiting.items():
+            if text in picked:
+                continue
+            if picked and tokens > room:
+                room = 0
                 break
-            positions.append(position)
-            room -= length
-        if positions:
-            yield work, positions
-        if len(positions) < len(work.waiting) or room <= 0:
+            picked.add(text)
+            texts.append(text)
+            room -= tokens
+        if texts:
+            yield Segment(work, texts)
+        if room <= 0:
             return
 
 
@@ -265,18 +336,9 @@ _WINDOW = 4
 """How many batches' worth of waiting texts `_pick_alike` chooses from: more groups better, and delays more."""
 
 
-def _pick_alike(works: Iterable[Work[K]], bound: int) -> Iterable[tuple[Work[K], list[int]]]:
+def _pick_alike(works: Iterable[Work[K, T]], bound: int) -> Iterator[Segment[K, T]]:
     """The first text in line, and from those near it the ones most like it in length."""
-    window: list[tuple[int, int, Work[K], int]] = []
-    tokens = 0
-    for work in works:
-        for position in work.waiting:
-            window.append((work.lengths[position], len(window), work, position))
-            tokens += work.lengths[position]
-            if tokens >= _WINDOW * bound:
-                break
-        if tokens >= _WINDOW * bound:
-            break
+    window = list(_window(works, _WINDOW * bound))
     first = window[0]
     window.sort(key=lambda text: text[:2])
     low = bisect.bisect_left(window, first[:2], key=lambda text: text[:2])
@@ -291,8 +353,22 @@ def _pick_alike(works: Iterable[Work[K]], bound: int) -> Iterable[tuple[Work[K],
         if not ways:
             break
         _, low, high = min(ways)
-    chosen = sorted(window[low:high], key=lambda text: text[1])
-    picked: dict[K, tuple[Work[K], list[int]]] = {}
-    for _, _, work, position in chosen:
-        picked.setdefault(work.key, (work, []))[1].append(position)
-    return picked.values()
+    picked: dict[Work[K, T], list[T]] = {}
+    for _, _, work, text in sorted(window[low:high], key=lambda text: text[1]):
+        picked.setdefault(work, []).append(text)
+    for work, texts in picked.items():
+        yield Segment(work, texts)
+
+
+def _window(works: Iterable[Work[K, T]], bound: int) -> Iterator[tuple[int, int, Work[K, T], T]]:
+    """The first texts in line, each once, until they have `bound` tokens: (tokens, place in line, request, text)."""
+    seen: set[T] = set()
+    total = 0
+    for work in works:
+        for text, tokens in work.waiting.items():
+            if text not in seen:
+                yield tokens, len(seen), work, text
+                seen.add(text)
+                total += tokens
+                if total >= bound:
+                    return

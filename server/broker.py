@@ -3,6 +3,9 @@
 It owns all that must be one: the queue of all front ends, the rate limits, the counters. Front ends send it texts
 as token ids and images as pixels, engines pull batches; it imports no torch and knows nothing of HTTP.
 
+Texts that are equal in all that their vector depends on (digests.py) run once, and with a cache (cache.py) those that
+came before do not run at all. Both are decided here and nowhere else: front ends and engines know nothing of it.
+
 When an engine's connection ends, its batches go back to the front of the queue; when a front end's ends, its requests
 are dropped. Requests whose engine stays away for `ENGINE_PATIENCE` seconds are answered with a 503.
 """
@@ -12,16 +15,18 @@ import logging
 import os
 import socket
 import time
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 import numpy as np
-import numpy.typing as npt
 
 from embedserve.server import wire
-from embedserve.server.arrays import Rows, pack, unpack
+from embedserve.server.arrays import Rows, array_names, pack, unpack
 from embedserve.server.batcher import Batch, Batcher, Bound, Cost, Finished, Lane, QueueFullError
+from embedserve.server.cache import ResultCache
+from embedserve.server.digests import Kind, digests
 from embedserve.server.limits import RateLimiter
 from embedserve.server.metrics import Metrics
 from embedserve.server.process import Liveness
@@ -34,7 +39,7 @@ ENGINE_PATIENCE = 30.0
 """Seconds that requests wait for an engine to come back."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Request:
     """A request of a front end that has not been answered in full."""
 
@@ -42,19 +47,27 @@ class _Request:
     id: int
     dimensions: int
     outputs: int
-    items: npt.NDArray[np.uint8]
-    offsets: npt.NDArray[np.int64]
+    positions: Mapping[bytes, int]
+    """Where each text stands in the request, by its digest."""
+    items: memoryview
+    offsets: Sequence[int]
     """Where each item starts in `items`, and the end."""
     added: float
     started: float | None = None
 
-    def slice(self, positions: Sequence[int]) -> list[npt.NDArray[np.uint8]]:
-        """Some of its items, in as few pieces as there are runs of neighbours."""
-        pieces, first = [], 0
-        for i in range(1, len(positions) + 1):
-            if i == len(positions) or positions[i] != positions[i - 1] + 1:
-                pieces.append(self.items[self.offsets[positions[first]] : self.offsets[positions[i - 1] + 1]])
-                first = i
+    def slices(self, texts: Sequence[bytes]) -> list[memoryview]:
+        """The content of some of its texts, in as few pieces as there are runs of neighbours."""
+        if len(texts) == len(self.positions):
+            return [self.items]
+        pieces = []
+        start = stop = self.positions[texts[0]]
+        for text in texts:
+            position = self.positions[text]
+            if position != stop:
+                pieces.append(self.items[self.offsets[start] : self.offsets[stop]])
+                start = position
+            stop = position + 1
+        pieces.append(self.items[self.offsets[start] : self.offsets[stop]])
         return pieces
 
 
@@ -68,26 +81,41 @@ class _FrontEnd:
 
 @dataclass(eq=False)
 class _Engine:
-    """A connected engine: what it can run, how many batches it asked for in vain, and those it has, oldest first."""
+    """A connected engine: what it can run, how many batches at once, how many it asked for in vain, and those that it
+    has, oldest first."""
 
     connection: wire.FramedConnection
     bounds: dict[Lane, Bound] = field(default_factory=dict)
+    concurrency: int = 1
     pulls: int = 0
-    batches: OrderedDict[int, Batch[_Request]] = field(default_factory=OrderedDict)
+    batches: OrderedDict[int, Batch[_Request, bytes]] = field(default_factory=OrderedDict)
 
 
 class Broker:
     """The broker's state, and what each message does to it. Runs in one event loop."""
 
-    def __init__(self, models: Sequence[str], *, max_queue_tokens: int, rate_limit: int, resumed: bool = False) -> None:
+    def __init__(
+        self,
+        models: Sequence[str],
+        *,
+        max_queue_tokens: int,
+        rate_limit: int,
+        cache_bytes: int = 0,
+        resumed: bool = False,
+    ) -> None:
         """`models`: the names that engines will announce. `resumed`: this broker takes the place of one that died."""
-        self._batcher = Batcher[_Request](max_queue_tokens)
+        self._batcher = Batcher[_Request, bytes](max_queue_tokens)
+        self._cache = ResultCache(cache_bytes) if cache_bytes else None
         self._limiter = RateLimiter(rate_limit) if rate_limit else None
         self._front_ends: dict[wire.FramedConnection, _FrontEnd] = {}
         self._engines: dict[wire.FramedConnection, _Engine] = {}
         self._known = dict.fromkeys(models, resumed)
         """Model → whether an engine has had it ready before."""
         self._last_states: dict[str, wire.ModelReady] = {}
+        self._editions: dict[str, int] = defaultdict(int)
+        """Model → how often an engine has had it ready. Each has read the folder anew; other weights may lie there."""
+        self._variants: dict[str, set[tuple[str, str, str]]] = defaultdict(set)
+        """Model → the kinds of device, dtypes and backends that compute it."""
         self._away_since: dict[str, float] = dict.fromkeys(models, time.monotonic())
         """Models without an engine, and since when."""
         self._dispatching = False
@@ -97,6 +125,9 @@ class Broker:
         self._metrics.observe("queue_texts", lambda: self._batcher.waiting_texts)
         self._metrics.observe("queue_tokens", lambda: self._batcher.waiting_tokens)
         self._metrics.observe("engines", lambda: len([e for e in self._engines.values() if e.bounds]))
+        if (cache := self._cache) is not None:
+            self._metrics.observe("cache_bytes", lambda: cache.bytes)
+            self._metrics.observe("cache_evictions", lambda: cache.evictions)
 
     # ------------------------------------------------------------------------------------------------- connections
 
@@ -154,24 +185,73 @@ class Broker:
         if not self._known.get(message.model, False):
             front_end.connection.send(wire.WorkFailed(message.id, "model_loading", retry_after=1.0))
             return
-        lengths = np.frombuffer(payload, dtype="<i4", count=message.rows)
-        items = np.frombuffer(payload, dtype=np.uint8, offset=4 * message.rows)
-        offsets = np.zeros(message.rows + 1, dtype=np.int64)
+        request, texts = self._read(front_end, message, payload)
+        found = self._look_up(message.model, texts)
+        for text in found:
+            del texts[text]
+        if texts:
+            try:
+                work = self._batcher.add(request, Lane(message.model, message.modality), texts)
+            except QueueFullError as error:
+                front_end.connection.send(wire.WorkFailed(message.id, "overloaded", self._time_for(error.waiting)))
+                return
+            front_end.requests[message.id] = request
+            if len(work.waiting) < len(texts):
+                request.started = request.added  # a batch that runs has some of its texts
+            if work.waiting:
+                self._dispatch_soon()
+        self._metrics.count_repeats(message.model, message.repeats)
+        if found:
+            self._send_found(request, found, left=len(texts))
+
+    def _read(self, front_end: _FrontEnd, message: wire.Submit, payload: bytes) -> tuple[_Request, dict[bytes, int]]:
+        """A request from its frame, and the tokens of its texts by digest."""
+        if not 0 < message.rows <= len(payload) // 4:
+            raise wire.FrameError(f"{message.rows} lengths in {len(payload)} bytes")
+        view = memoryview(payload)
+        lengths = view[: 4 * message.rows].cast("i").tolist()
+        items = view[4 * message.rows :]
         # Images are of one size; a text takes four bytes a token.
-        item_bytes = 4 * lengths if message.modality == "text" else np.full(message.rows, len(items) // message.rows)
-        np.cumsum(item_bytes, out=offsets[1:])
-        if offsets[-1] != len(items):
+        image_bytes = len(items) // message.rows
+        sizes = [4 * length for length in lengths] if message.modality == "text" else [image_bytes] * message.rows
+        offsets = [0, *accumulate(sizes)]
+        if min(lengths) < 1 or offsets[-1] != len(items):
             raise wire.FrameError("lengths that do not add up")
+        kind = Kind(message.model, self._editions[message.model], message.modality, message.dimensions, message.outputs)
+        keys = digests(kind, [items[start:stop] for start, stop in pairwise(offsets)])
+        positions = {key: position for position, key in enumerate(keys)}
+        if len(positions) != message.rows:
+            raise wire.FrameError("equal items in one request")
         request = _Request(
-            front_end, message.id, message.dimensions, message.outputs, items, offsets, added=time.monotonic()
+            front_end,
+            message.id,
+            message.dimensions,
+            message.outputs,
+            positions,
+            items,
+            offsets,
+            added=time.monotonic(),
         )
-        try:
-            self._batcher.add(request, Lane(message.model, message.modality), lengths.tolist())
-        except QueueFullError as error:
-            front_end.connection.send(wire.WorkFailed(message.id, "overloaded", self._time_for(error.waiting)))
-            return
-        front_end.requests[message.id] = request
-        self._dispatch_soon()
+        return request, dict(zip(keys, lengths, strict=True))
+
+    def _look_up(self, model: str, texts: Mapping[bytes, int]) -> dict[bytes, Sequence[bytes]]:
+        """Those of the texts whose result is in the cache, with it."""
+        # Engines that differ give vectors that differ in their last bits: none of them is the answer of the others.
+        if self._cache is None or len(self._variants[model]) > 1:
+            return {}
+        found = {text: result for text in texts if (result := self._cache.get(text)) is not None}
+        self._metrics.count_look_ups(model, len(found), len(texts) - len(found))
+        return found
+
+    def _send_found(self, request: _Request, found: Mapping[bytes, Sequence[bytes]], left: int) -> None:
+        rows = len(found)
+        positions = [request.positions[text] for text in found]
+        payload: list[wire.Buffer] = [np.array([*positions, *range(rows)], dtype="<i4").tobytes()]
+        for arrays in zip(*found.values(), strict=True):
+            payload.append(np.array([len(array) // 4 for array in arrays], dtype="<i4").tobytes())
+            payload += arrays
+        answer = wire.Answer(request.id, rows, left, queue=0.0, run=0.0)
+        request.front_end.connection.send(wire.Parts(rows, array_names(request.outputs), [answer]), payload)
 
     def _time_for(self, tokens: int) -> float:
         """Seconds until about half of `tokens` waiting tokens will have run: then there is room again."""
@@ -206,7 +286,10 @@ class Broker:
     def _on_engine(self, engine: _Engine, message: wire.Message, payload: bytes) -> None:
         match message:
             case wire.EngineReady():
+                engine.concurrency = message.concurrency
                 for model in message.models:
+                    self._editions[model.name] += 1
+                    self._variants[model.name].add((model.device.partition(":")[0], model.dtype, model.backend))
                     engine.bounds[Lane(model.name, model.modality)] = Bound(model.max_batch_tokens, Cost(model.cost))
                     self._known[model.name] = True
                     self._last_states[model.name] = model
@@ -230,84 +313,126 @@ class Broker:
     def _dispatch(self) -> None:
         self._dispatching = False
         for engine in self._engines.values():
-            while engine.pulls and (batch := self._batcher.take(engine.bounds)) is not None:
+            # Beside a batch that must run alone there is no other on its engine.
+            while engine.pulls and not any(batch.alone for batch in engine.batches.values()):
+                batch = self._batcher.take(engine.bounds, idle=not engine.batches)
+                if batch is None:
+                    break
                 engine.pulls -= 1
                 self._send_batch(engine, batch)
 
-    def _send_batch(self, engine: _Engine, batch: Batch[_Request]) -> None:
+    def _send_batch(self, engine: _Engine, batch: Batch[_Request, bytes]) -> None:
         now = time.monotonic()
+        for work in batch.claims:
+            if work.key.started is None:
+                work.key.started = now
         dimensions: list[int] = []
         outputs: list[int] = []
-        pieces: list[npt.NDArray[np.uint8]] = []
-        for segment in batch.segments:
-            request = segment.work.key
-            if request.started is None:
-                request.started = now
-            dimensions += [request.dimensions] * len(segment.positions)
-            outputs += [request.outputs] * len(segment.positions)
-            pieces += request.slice(segment.positions)
+        pieces: list[memoryview] = []
+        for work, texts in batch.segments:
+            request = work.key
+            dimensions += [request.dimensions] * len(texts)
+            outputs += [request.outputs] * len(texts)
+            pieces += request.slices(texts)
         facts = np.array([*batch.lengths, *dimensions, *outputs], dtype="<i4")
         engine.batches[batch.id] = batch
         waiting = self._batcher.waiting_tokens
         run = wire.Run(batch.id, batch.lane.model, batch.lane.modality, len(batch.lengths), waiting)
-        engine.connection.send(run, [facts.data.cast("B"), np.concatenate(pieces).data])
+        engine.connection.send(run, [facts.tobytes(), *pieces])
 
     def _batch_done(self, engine: _Engine, message: wire.BatchDone, payload: bytes) -> None:
         batch = engine.batches[message.batch]
+        model, rows = batch.lane.model, len(batch.lengths)
         try:
-            arrays = unpack(message.arrays, len(batch.lengths), payload)
+            arrays = unpack(message.arrays, rows, payload)
         except ValueError as error:
             # The connection ends, and the batch, which is still the engine's, goes back into the queue.
             raise wire.FrameError(str(error)) from None
         del engine.batches[message.batch]
         tokens = sum(batch.lengths)
-        self._metrics.count_batch(
-            batch.lane.model, len(batch.lengths), tokens, message.computed_tokens, message.seconds
-        )
+        self._metrics.count_batch(model, rows, tokens, message.computed_tokens, message.seconds)
         rate = tokens / max(message.seconds, 1e-6)
         self._rate = 0.9 * self._rate + 0.1 * rate if self._rate else rate
-        not_finite = set(message.not_finite)
-        for finished in self._batcher.finish(batch.id):
-            segment, first = finished.segment, finished.first_row
-            bad = next((i for i in range(len(segment.positions)) if first + i in not_finite), None)
-            if bad is not None:
-                self._batcher.cancel(segment.work.key)
-                self._fail(segment.work.key, "not_finite", index=segment.positions[bad])
-            else:
-                last = first + len(segment.positions)
-                own = {name: rows.between(first, last) for name, rows in arrays.items()}
-                # Arrays that only others in the batch asked for are empty here.
-                self._send_part(finished, {name: rows for name, rows in own.items() if len(rows.elements)})
 
-    def _send_part(self, finished: Finished[_Request], arrays: Mapping[str, Rows]) -> None:
-        segment = finished.segment
-        request = segment.work.key
-        assert request.started is not None, "it was in a batch"
-        if not finished.left:
-            request.front_end.requests.pop(request.id, None)
+        row_of = {text: row for row, text in enumerate(text for segment in batch.segments for text in segment.texts)}
+        bad_rows = set(message.not_finite)
+        not_finite = {text for text, row in row_of.items() if row in bad_rows} if bad_rows else set()
+        if self._cache is not None and len(self._variants[model]) == 1:
+            self._keep(self._cache, batch, arrays, row_of, not_finite)
+        answers: dict[_FrontEnd, list[Finished[_Request, bytes]]] = defaultdict(list)
+        answered = 0
+        for finished in self._batcher.finish(batch.id):
+            answered += len(finished.texts)
+            request = finished.work.key
+            bad = [request.positions[text] for text in finished.texts if text in not_finite] if not_finite else None
+            if bad:
+                self._batcher.cancel(request)
+                self._fail(request, "not_finite", index=min(bad))
+            else:
+                answers[request.front_end].append(finished)
+        self._metrics.count_repeats(model, max(0, answered - rows))
+        for front_end, parts in answers.items():
+            self._send_parts(front_end, parts, arrays, row_of)
+        # What must run alone waits for an engine that has nothing else.
+        self._dispatch_soon()
+
+    def _send_parts(
+        self,
+        front_end: _FrontEnd,
+        parts: Sequence[Finished[_Request, bytes]],
+        arrays: Mapping[str, Rows],
+        row_of: Mapping[bytes, int],
+    ) -> None:
+        """Answer the requests of one front end from a batch, in one frame."""
+        now = time.monotonic()
+        answers, positions, places = [], [], []
+        for work, texts, left in parts:
+            request = work.key
+            assert request.started is not None, "it was in a batch"
+            if not left:
+                front_end.requests.pop(request.id, None)
+            positions += [request.positions[text] for text in texts]
+            places += [row_of[text] for text in texts]
+            answers.append(
+                wire.Answer(request.id, len(texts), left, request.started - request.added, now - request.started)
+            )
+        needed = sorted(set(places))
+        if len(needed) < len(row_of):
+            # The other rows are another front end's, or nobody's any more.
+            index = np.array(needed, dtype=np.int32)
+            arrays = {name: rows.take(index) for name, rows in arrays.items()}
+            new_place = {row: place for place, row in enumerate(needed)}
+            places = [new_place[row] for row in places]
         names, payload = pack(arrays)
-        part = wire.Part(
-            request.id,
-            len(segment.positions),
-            names,
-            finished.left,
-            queue=request.started - request.added,
-            run=time.monotonic() - request.started,
-        )
-        positions = np.array(segment.positions, dtype="<i4").data.cast("B")
-        request.front_end.connection.send(part, [positions, *payload])
+        where = np.array([*positions, *places], dtype="<i4").tobytes()
+        front_end.connection.send(wire.Parts(len(needed), names, answers), [where, *payload])
+
+    def _keep(
+        self,
+        cache: ResultCache,
+        batch: Batch[_Request, bytes],
+        arrays: Mapping[str, Rows],
+        row_of: Mapping[bytes, int],
+        not_finite: set[bytes],
+    ) -> None:
+        """Put the rows of a batch into the cache."""
+        for work, texts in batch.segments:
+            own = [arrays[name] for name in array_names(work.key.outputs)]
+            for text in texts:
+                if text not in not_finite:
+                    cache.put(text, tuple(rows[row_of[text]].tobytes() for rows in own))
 
     def _lose_engine(self, engine: _Engine) -> None:
         now = time.monotonic()
-        # Batches that were bound and had not begun come back as they were: only the first one was running.
+        # Those that were bound and cannot have begun come back as they were.
         for number, batch in reversed(list(enumerate(engine.batches.values()))):
-            self._lose_batch(batch, ran=number == 0, code="engine_restarting")
+            self._lose_batch(batch, ran=number < engine.concurrency, code="engine_restarting")
         for lane in engine.bounds:
             if not any(lane in other.bounds for other in self._engines.values()):
                 self._away_since[lane.model] = now
         self._dispatch_soon()
 
-    def _lose_batch(self, batch: Batch[_Request], *, ran: bool, code: str) -> None:
+    def _lose_batch(self, batch: Batch[_Request, bytes], *, ran: bool, code: str) -> None:
         if ran:
             self._metrics.count_lost_batch(batch.lane.model)
         for work in self._batcher.give_back(batch.id, ran=ran):

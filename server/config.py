@@ -172,6 +172,13 @@ class ServerConfig:
         metavar="N",
         group="Limits",
     )
+    cache_mib: int = _option(
+        0,
+        parsers.whole(0, 1 << 20),
+        "MiB of results to keep, so that a text that came before is answered without an engine; 0 keeps none",
+        metavar="N",
+        group="Limits",
+    )
     cl100k_file: Path | None = _option(
         None,
         parsers.path,

@@ -94,7 +94,11 @@ class Supervisor:
         self._listener.close()
         names = [model.id for model in self._models.local]
         state = broker.Broker(
-            names, max_queue_tokens=config.max_queue_tokens, rate_limit=config.rate_limit, resumed=again
+            names,
+            max_queue_tokens=config.max_queue_tokens,
+            rate_limit=config.rate_limit,
+            cache_bytes=config.cache_mib << 20,
+            resumed=again,
         )
         run(lambda: broker.serve(self._broker_listener, state, alive))
 

@@ -17,6 +17,7 @@ from typing import cast
 import msgspec
 
 __all__ = [
+    "Answer",
     "BatchDone",
     "BatchFailed",
     "Cancel",
@@ -31,7 +32,7 @@ __all__ = [
     "MetricsRequest",
     "ModelReady",
     "ModelState",
-    "Part",
+    "Parts",
     "Pull",
     "Report",
     "RequestReport",
@@ -70,12 +71,12 @@ class Hello(_Message, frozen=True):
 
 
 class Submit(_Message, frozen=True):
-    """A request's texts, or its images. Payload: lengths int32 [rows], then the items.
+    """A request's texts, or its images, no two of them equal. Payload: lengths int32 [rows], then the items.
 
     `modality` is ``text``, and the items are token ids int32 [sum of lengths]; or ``image``, and they are pixels,
     uint8, as many of each image, while the lengths are the tokens that the model makes of them. `dimensions` is the
     size of the vectors asked for, `outputs` see `arrays.output_bits`. `id` is the front end's own and comes back in
-    every answer.
+    every answer. `repeats` more inputs were equal to one of these, for the counters.
     """
 
     id: int
@@ -84,6 +85,7 @@ class Submit(_Message, frozen=True):
     rows: int
     dimensions: int
     outputs: int
+    repeats: int = 0
 
 
 class Cancel(_Message, frozen=True):
@@ -135,20 +137,31 @@ class StatusRequest(_Message, frozen=True):
 # --------------------------------------------------------------------------------------------- broker → front end
 
 
-class Part(_Message, frozen=True):
-    """The answer to some rows of request `id`.
+class Answer(msgspec.Struct, frozen=True, array_like=True):
+    """What `Parts` hold for request `id`: `rows` of its rows, while `left` are still to come.
 
-    Payload: positions int32 [rows] (indices into the request's items), then `arrays` as `arrays.pack` has them. `left`
-    rows are still to come. `queue` and `run` are seconds: until the first of the request's rows began to run, and from
-    then until these were done.
+    `queue` and `run` are seconds: until the first of the request's rows began to run, and from then until these were
+    done.
     """
 
     id: int
     rows: int
-    arrays: list[str]
     left: int
     queue: float
     run: float
+
+
+class Parts(_Message, frozen=True):
+    """What one batch has for the requests of one front end: one frame, however many requests.
+
+    Payload: two int32 for each row of each answer, first all positions (indices into the request's items), then all
+    places (indices into the rows of this frame; equal items of two requests have the same); then `arrays` of `rows`
+    rows, as `arrays.pack` has them.
+    """
+
+    rows: int
+    arrays: list[str]
+    answers: list[Answer]
 
 
 class WorkFailed(_Message, frozen=True):
@@ -268,7 +281,7 @@ Message = (
     | Report
     | MetricsRequest
     | StatusRequest
-    | Part
+    | Parts
     | WorkFailed
     | Charged
     | MetricsReply
@@ -339,29 +352,33 @@ class FramedConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Called by the event loop."""
-        buffer = self._buffer
-        buffer += data
-        start, end = 0, len(buffer)
+        # What came is read where it lies; only a frame that is not whole yet is kept, and put together.
+        if self._buffer:
+            self._buffer += data
+        stream: bytes | bytearray = self._buffer or data
+        start, end = 0, len(stream)
         try:
-            while end - start >= _PREFIX.size:
-                header_size, payload_size = _PREFIX.unpack_from(buffer, start)
-                if header_size > MAX_HEADER_BYTES or payload_size > MAX_PAYLOAD_BYTES:
-                    raise FrameError(f"a frame of {header_size} + {payload_size} bytes")
-                payload_at = start + _PREFIX.size + header_size
-                stop = payload_at + payload_size
-                if stop > end:
-                    break
-                with memoryview(buffer) as view:
+            with memoryview(stream) as view:
+                while end - start >= _PREFIX.size:
+                    header_size, payload_size = _PREFIX.unpack_from(stream, start)
+                    if header_size > MAX_HEADER_BYTES or payload_size > MAX_PAYLOAD_BYTES:
+                        raise FrameError(f"a frame of {header_size} + {payload_size} bytes")
+                    payload_at = start + _PREFIX.size + header_size
+                    stop = payload_at + payload_size
+                    if stop > end:
+                        break
                     message = _decode(view[start + _PREFIX.size : payload_at])
-                    payload = bytes(view[payload_at:stop])
-                start = stop
-                self._on_frame(self, message, payload)
-                if self.closed:
-                    return
+                    start = stop
+                    self._on_frame(self, message, bytes(view[payload_at:stop]))
+                    if self.closed:
+                        return
         except (FrameError, msgspec.DecodeError):
             self.close()
         else:
-            del buffer[:start]
+            if stream is self._buffer:
+                del self._buffer[:start]
+            else:
+                self._buffer += data[start:]
 
     def connection_lost(self, _exc: Exception | None) -> None:
         """Called by the event loop."""
