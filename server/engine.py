@@ -1,20 +1,22 @@
 """The engine process: pulls batches from the broker, runs them on its device, sends the vectors back.
 
-One process a device, the only one that imports torch. Two threads: the event loop speaks with the broker and gives
-signs of life, the device thread loads the models and runs the batches.
+One process a device, the only one that imports torch. The event loop speaks with the broker and gives signs of life;
+the batches run on teams of threads beside it (`teams.py`), by a schedule that says which and when (`schedule.py`).
 
-A batch is pulled late: when the device is idle, or when the running batch is about to end by its estimate. So a text
-that arrives meanwhile still joins the next batch, and the device sees no gap.
+A batch is pulled late: when a team is idle, or when one is about to be by its estimate. So a text that arrives
+meanwhile still joins the next batch, and the device sees no gap.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,15 +25,19 @@ from embedserve.models.config import ModelConfig
 from embedserve.models.errors import BatchError, ModelError
 from embedserve.server import wire
 from embedserve.server.arrays import pack
+from embedserve.server.device import DeviceError
 from embedserve.server.process import Liveness
-from embedserve.server.runner import DeviceError, Embedded, Runner
+from embedserve.server.runner import Embedded, Runner
+from embedserve.server.schedule import Estimates, Kind, Offer
+from embedserve.server.teams import Team, Teams, make_teams
+from embedserve.server.threads import available_cores
 
 __all__ = ["EngineOptions", "serve"]
 
 log = logging.getLogger("embedserve.engine")
 
-_PULL_LEAD = 0.003
-"""Seconds before the estimated end of the running batch at which the next one is pulled: a round trip to the broker."""
+_AT_ONCE = 0.0005
+"""Seconds after a pull within which only what was waiting for it can come."""
 
 _STUCK_AFTER = 60.0
 """Seconds, beyond ten times its estimate, after which a running batch counts as hung."""
@@ -67,56 +73,44 @@ class _Batch:
     def tokens(self) -> int:
         return int(self.lengths.sum(dtype=np.int64))
 
-
-class _Estimates:
-    """How long a batch will run, by what a token has cost lately in batches of like texts.
-
-    Apart by model, by modality, and by the length of the longest text, for attention costs its square: a token of a
-    text of 8192 costs many times what one of a short text does.
-    """
-
-    def __init__(self) -> None:
-        self._seconds_per_token: dict[tuple[str, str, int], float] = {}
-
-    def seconds(self, batch: _Batch) -> float | None:
-        """None before the first batch of its kind."""
-        cost = self._seconds_per_token.get(_kind(batch))
-        return None if cost is None else cost * batch.tokens
-
-    def at_most(self, batch: _Batch) -> float | None:
-        """A bound for a batch of any kind: shorter texts' cost, as if all of it grew with the length. None at first."""
-        model, modality, length = _kind(batch)
-        shorter = [
-            cost * 2 ** (length - other[2])
-            for other, cost in self._seconds_per_token.items()
-            if other[:2] == (model, modality) and other[2] <= length
-        ]
-        return max(shorter) * batch.tokens if shorter else None
-
-    def learn(self, batch: _Batch, seconds: float) -> None:
-        kind, sample = _kind(batch), seconds / batch.tokens
-        known = self._seconds_per_token.get(kind)
-        self._seconds_per_token[kind] = sample if known is None else 0.8 * known + 0.2 * sample
+    def kind(self, share: float) -> Kind:
+        return Kind(self.run.model, self.run.modality, share, int(self.lengths.max()).bit_length())
 
 
-def _kind(batch: _Batch) -> tuple[str, str, int]:
-    """Texts are alike where their longest is within a factor of two."""
-    return batch.run.model, batch.run.modality, int(batch.lengths.max()).bit_length()
+@dataclass(frozen=True)
+class _Running:
+    """A batch that a team has: since when, and until when by the estimate, if there is one."""
+
+    batch: _Batch
+    since: float
+    until: float | None
+
+
+class _Ran(NamedTuple):
+    """What came of a batch, and from when to when it was the team's."""
+
+    result: Embedded | Exception
+    started: float
+    ended: float
 
 
 class Engine:
-    """The event loop's side of an engine whose models are loaded."""
+    """The event loop's side of an engine whose models are loaded. Clocks are `time.monotonic`."""
 
-    def __init__(self, runners: Mapping[str, Runner], device: ThreadPoolExecutor) -> None:
-        """`device`: the thread that alone calls the runners."""
+    def __init__(self, runners: Mapping[str, Runner], teams: Teams) -> None:
         self._runners = runners
-        self._device = device
+        self._teams = teams
+        self._schedule = teams.schedule
         self._bound: deque[_Batch] = deque()
-        self._running: _Batch | None = None
-        self._running_since = 0.0
-        self._estimates = _Estimates()
-        self._pulled = False
-        """Whether a batch was asked for that has not come."""
+        self._running: dict[int, _Running] = {}
+        """By the number of the team."""
+        self._last_end = 0.0
+        self._estimates = Estimates()
+        self._pulled: float | None = None
+        """When a batch was asked for that has not come."""
+        self._pull_later: asyncio.TimerHandle | None = None
+        self._crowd = 0.0
+        """Tokens that have come lately while a batch ran."""
         self._spent = False
         """Whether the device can be used no more by this process."""
 
@@ -125,27 +119,30 @@ class Engine:
         while True:
             connection = await wire.connect(address, lambda: wire.FramedConnection(self._on_frame, self._on_close))
             connection.send(wire.Hello("engine", os.getpid()))
-            connection.send(wire.EngineReady([ready for name in self._runners for ready in self._announce(name)]))
+            models = [ready for name in self._runners for ready in self._announce(name)]
+            connection.send(wire.EngineReady(models, self._schedule.concurrency))
             self._connection = connection
-            self._pulled = False
-            if self._running is None:
-                self._pull()
+            self._pulled = None
+            self._pull_in_time()
             await connection.lost.wait()
 
     def _announce(self, name: str) -> list[wire.ModelReady]:
-        info = self._runners[name].info
+        info, bound = self._runners[name].info, self._teams.bounds[name]
         return [
-            wire.ModelReady(name, modality, info.max_batch_tokens, info.cost, info.device, info.dtype, info.backend)
+            wire.ModelReady(name, modality, bound, info.cost, info.device, info.dtype, info.backend)
             for modality in info.modalities
         ]
 
     def is_lost(self) -> bool:
-        """Whether only another process can go on: the device is spent, or the batch runs for far too long."""
-        if self._running is None or self._spent:
-            return self._spent
-        expected = self._estimates.at_most(self._running)
-        allowed = _STUCK_AT_FIRST if expected is None else _STUCK_AFTER + 10 * expected
-        return time.monotonic() - self._running_since > allowed
+        """Whether only another process can go on: the device is spent, or a batch runs for far too long."""
+        now = time.monotonic()
+        return self._spent or any(now - one.since > self._allowed(team, one) for team, one in self._running.items())
+
+    def _allowed(self, team: int, running: _Running) -> float:
+        """Seconds after which a batch counts as hung."""
+        kind = running.batch.kind(self._schedule.share(team))
+        expected = self._estimates.at_most(kind, running.batch.tokens)
+        return _STUCK_AT_FIRST if expected is None else _STUCK_AFTER + 10 * expected
 
     def _on_close(self, connection: wire.FramedConnection) -> None:
         # The broker has put these back into its queue, or has died with it.
@@ -156,67 +153,94 @@ class Engine:
             raise wire.FrameError(f"{type(message).__name__} from the broker")
         lengths, dimensions, outputs = np.frombuffer(payload, dtype="<i4", count=3 * message.rows).reshape(3, -1)
         items = np.frombuffer(payload, dtype=np.uint8, offset=12 * message.rows)
-        self._pulled = False
-        self._bound.append(_Batch(connection, message, lengths, dimensions, outputs, items))
-        self._start_next()
+        batch = _Batch(connection, message, lengths, dimensions, outputs, items)
+        waited = self._running or (self._pulled is not None and time.monotonic() - self._pulled < _AT_ONCE)
+        self._crowd = 0.7 * self._crowd + 0.3 * (batch.tokens + message.waiting if waited else 0)
+        self._pulled = None
+        self._bound.append(batch)
+        self._start()
+        self._pull_in_time()
 
-    def _pull(self) -> None:
-        if not self._pulled and not self._bound and not self._spent:
-            self._pulled = True
-            self._connection.send(wire.Pull())
+    def _expected(self) -> dict[int, float | None]:
+        return {team: running.until for team, running in self._running.items()}
 
-    def _start_next(self) -> None:
-        if self._running is not None or self._spent or not self._bound:
+    def _pull_in_time(self) -> None:
+        """Ask for the next batch: now if a team is free or about to be, else when one will be."""
+        if self._pull_later is not None:
+            self._pull_later.cancel()
+            self._pull_later = None
+        if self._pulled is not None or self._bound or self._spent:
             return
-        batch = self._running = self._bound.popleft()
-        self._running_since = time.monotonic()
-        loop = asyncio.get_running_loop()
-        done = loop.run_in_executor(self._device, self._run, batch)
-        estimate = self._estimates.seconds(batch)
-        pull = None if estimate is None else loop.call_later(max(0.0, estimate - _PULL_LEAD), self._pull)
-        done.add_done_callback(lambda future: self._finish(batch, pull, future))
-
-    def _run(self, batch: _Batch) -> tuple[Embedded, float]:
-        """In the device thread."""
-        start = time.perf_counter()
-        runner = self._runners[batch.run.model]
-        if batch.run.modality == "image":
-            embedded = runner.run_images(batch.items, batch.dimensions)
+        now = time.monotonic()
+        free_at = self._schedule.free_at(self._expected(), now)
+        if free_at is None:
+            return
+        wait = free_at - self._schedule.lead - now
+        if wait <= 0:
+            self._pulled = now
+            self._connection.send(wire.Pull())
         else:
-            embedded = runner.run(batch.items.view("<i4"), batch.lengths, batch.dimensions, batch.outputs)
-        return embedded, time.perf_counter() - start
+            self._pull_later = asyncio.get_running_loop().call_later(wait, self._pull_in_time)
 
-    def _finish(
-        self,
-        batch: _Batch,
-        pull: asyncio.TimerHandle | None,
-        future: asyncio.Future[tuple[Embedded, float]],
-    ) -> None:
-        if pull is not None:
-            pull.cancel()
-        self._running = None
+    def _start(self) -> None:
+        """Begin with the batches that are here, in their order, where the schedule has a team for them."""
+        while self._bound and not self._spent:
+            batch, now, expected = self._bound[0], time.monotonic(), self._expected()
+            offer = Offer(batch.run.model, batch.tokens, batch.run.waiting + self._crowd, now)
+            team = self._schedule.place(expected, offer)
+            if team is None:
+                return
+            self._bound.popleft()
+            estimate = self._estimates.seconds(batch.kind(self._schedule.share(team)), batch.tokens)
+            begins = (
+                max([now, *(end for end in expected.values() if end is not None)]) if self._schedule.in_turn else now
+            )
+            self._running[team] = _Running(batch, now, None if estimate is None else begins + estimate)
+            work = partial(self._work, asyncio.get_running_loop(), team, batch)
+            self._teams.members[team].submit(work)
+
+    def _work(self, loop: asyncio.AbstractEventLoop, team: int, batch: _Batch) -> None:
+        """In a team's thread."""
+        started = time.monotonic()
+        runner = self._runners[batch.run.model]
+        result: Embedded | Exception
+        try:
+            if batch.run.modality == "image":
+                result = runner.run_images(batch.items, batch.dimensions)
+            else:
+                result = runner.run(batch.items.view("<i4"), batch.lengths, batch.dimensions, batch.outputs)
+        except Exception as error:
+            result = error
+        # When the engine ends, its event loop is closed first.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(self._finish, team, _Ran(result, started, time.monotonic()))
+
+    def _finish(self, team: int, ran: _Ran) -> None:
+        batch = self._running.pop(team).batch
+        info, share = self._runners[batch.run.model].info, self._schedule.share(team)
+        # Where batches run in turn, this one has waited on the device for the one before it.
+        begun = max(ran.started, self._last_end) if self._schedule.in_turn else ran.started
+        seconds, self._last_end = ran.ended - begun, ran.ended
         answer: wire.BatchDone | wire.BatchFailed
         payload: list[wire.Buffer] = []
-        try:
-            embedded, seconds = future.result()
-        except Exception as error:
+        if isinstance(ran.result, Exception):
             # The exception's text may hold values of the batch, its place in the code does not.
-            log.exception("a batch failed", extra={"model": batch.run.model, "texts": batch.run.rows})
+            facts = {"model": batch.run.model, "texts": batch.run.rows}
+            log.error("a batch failed", exc_info=ran.result, extra=facts)
             # After an error of CUDA nothing runs any more in this process.
-            on_gpu = self._runners[batch.run.model].info.device != "cpu"
-            self._spent = self._spent or (on_gpu and not isinstance(error, BatchError))
+            self._spent = self._spent or (info.device != "cpu" and not isinstance(ran.result, BatchError))
             answer = wire.BatchFailed(batch.run.batch)
         else:
-            self._estimates.learn(batch, seconds)
-            not_finite = np.flatnonzero(~embedded.finite).tolist()
-            names, buffers = pack(embedded.arrays)
-            answer = wire.BatchDone(batch.run.batch, names, seconds, embedded.computed_tokens, not_finite)
+            self._estimates.learn(batch.kind(share), batch.tokens, seconds)
+            not_finite = np.flatnonzero(~ran.result.finite).tolist()
+            names, buffers = pack(ran.result.arrays)
+            computed = ran.result.computed_tokens
+            answer = wire.BatchDone(batch.run.batch, names, share * seconds, computed, not_finite)
             payload = [*buffers]
-        # The next one first: it only takes a hand-over, and then the device is busy while this one is sent.
-        self._start_next()
+        # The next one first: it only takes a hand-over, and then the team is busy while this one is sent.
+        self._start()
         batch.connection.send(answer, payload)
-        if self._running is None:
-            self._pull()
+        self._pull_in_time()
 
 
 async def serve(options: EngineOptions, address: str, alive: Liveness) -> None:
@@ -224,11 +248,20 @@ async def serve(options: EngineOptions, address: str, alive: Liveness) -> None:
 
     Raises `ModelError` where a checkpoint or the device cannot be used.
     """
-    loop = asyncio.get_running_loop()
-    device = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
+    cores = available_cores()
+    wide = Team("device")
     beats = asyncio.create_task(_beat_while_loading(alive))
     try:
-        runners = await loop.run_in_executor(device, _load, options, alive)
+        runners = await asyncio.wrap_future(wide.call(lambda: _load(options, alive)))
+        teams = await asyncio.to_thread(
+            make_teams,
+            runners,
+            wide,
+            models=options.models,
+            cores=cores,
+            max_batch_tokens=options.max_batch_tokens,
+            progress=alive.progress,
+        )
     except ModelError:
         raise
     except Exception as error:
@@ -236,7 +269,7 @@ async def serve(options: EngineOptions, address: str, alive: Liveness) -> None:
         raise DeviceError(f"the models cannot be loaded: {type(error).__name__}: {error}") from error
     finally:
         beats.cancel()
-    engine = Engine(runners, device)
+    engine = Engine(runners, teams)
     connection = asyncio.create_task(engine.keep_connected(address))
     alive.ready()
     while await alive.beat():
@@ -248,14 +281,13 @@ async def serve(options: EngineOptions, address: str, alive: Liveness) -> None:
 
 
 def _load(options: EngineOptions, alive: Liveness) -> dict[str, Runner]:
-    """In the device thread: load every model and let it answer once."""
+    """In the first team's thread: load every model, then let each answer once beside the others' weights."""
 
-    def progress(name: str) -> Callable[[str], None]:
+    def say(name: str) -> Callable[[str], None]:
         return lambda message: alive.progress(f"{name}: {message}")
 
-    runners = {}
-    for name, config in options.models.items():
-        runners[name] = Runner.load(
+    runners = {
+        name: Runner.load(
             config.folder,
             config=config,
             device=options.device,
@@ -263,11 +295,12 @@ def _load(options: EngineOptions, alive: Liveness) -> dict[str, Runner]:
             backend=options.backend,
             threads=options.threads,
             pin=True,
-            progress=progress(name),
+            progress=say(name),
         )
-    # When the weights of all are there: a batch may have the memory that they leave.
+        for name, config in options.models.items()
+    }
     for name, runner in runners.items():
-        runner.warm_up(progress(name), max_batch_tokens=options.max_batch_tokens)
+        runner.warm_up(say(name), max_batch_tokens=options.max_batch_tokens)
     return runners
 
 

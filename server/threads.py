@@ -2,10 +2,10 @@
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-__all__ = ["available_cores", "can_pin", "default_count", "pin", "set_patience"]
+__all__ = ["available_cores", "can_pin", "default_count", "pin", "pin_to", "set_patience"]
 
 
 def set_patience(*, pinned: bool = False) -> None:
@@ -51,17 +51,23 @@ def pin(count: int, start_workers: Callable[[], object]) -> bool:
     away; meanwhile both share one core. Measured on two cores, 16 tokens after a pause of 20 ms: 8.0 ms as it comes,
     3.6 pinned.
 
-    Only where `can_pin`. `start_workers` is the calling thread's first parallel operation: what it starts are the
-    workers.
+    Only where `can_pin`; `start_workers` as `pin_to` has it.
     """
-    if not can_pin(count):
-        return False
+    return can_pin(count) and pin_to(available_cores(), start_workers)
+
+
+def pin_to(cores: Sequence[int], start_workers: Callable[[], object]) -> bool:
+    """Put the calling thread and its OpenMP workers, as many as there are cores in all, on a core each; whether it was
+    done.
+
+    `start_workers` is the calling thread's first parallel operation: what it starts are the workers.
+    """
     before = _threads()
     start_workers()
     workers = sorted(_threads() - before)
-    if len(workers) != count - 1:
+    if len(workers) != len(cores) - 1:
         return False  # another OpenMP than libgomp, or one that had its workers before
-    for thread, core in zip([threading.get_native_id(), *workers], available_cores(), strict=True):
+    for thread, core in zip([threading.get_native_id(), *workers], cores, strict=True):
         os.sched_setaffinity(thread, {core})
     return True
 

@@ -4,9 +4,9 @@ import asyncio
 import contextlib
 import secrets
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -18,20 +18,24 @@ from embedserve.server import wire
 from embedserve.server.arrays import Rows
 from embedserve.server.broker import Broker
 from embedserve.server.client import BrokerClient, NotFiniteError, Result, RunError, Texts
-from embedserve.server.engine import Engine, _Batch, _Estimates
+from embedserve.server.engine import Engine
 from embedserve.server.errors import OverloadedError
 from embedserve.server.runner import Embedded
+from embedserve.server.schedule import InTurn, Pace, Schedule, SideBySide
+from embedserve.server.teams import Team, Teams
 
-FAILS, NAN, SLOW = 666, 13, 1000
-"""Token ids that make a batch raise, their own vector not finite, or the batch take a while."""
+FAILS, NAN, SLOW, GATE = 666, 13, 1000, 2000
+"""Token ids that make a batch raise, their own vector not finite, the batch take a while, or wait at the gate."""
 
 
 @dataclass
 class FakeRunner:
-    """A vector is (first id, number of ids); batches are kept."""
+    """A vector is (first id, number of ids); batches are kept, and the names of the threads that ran them."""
 
     device: str = "cpu"
     batches: list[list[int]] = field(default_factory=list)
+    threads: list[str] = field(default_factory=list)
+    gate: threading.Event = field(default_factory=threading.Event)
 
     @property
     def info(self) -> Any:
@@ -48,13 +52,22 @@ class FakeRunner:
     def run(self, ids: np.ndarray, lengths: np.ndarray, dimensions: np.ndarray, outputs: np.ndarray) -> Embedded:
         firsts = ids[np.cumsum(lengths) - lengths]
         self.batches.append(firsts.tolist())
+        self.threads.append(threading.current_thread().name)
         if FAILS in ids:
             raise RuntimeError("the device says no")
         if SLOW in ids:
             time.sleep(0.2)
+        if GATE in ids:
+            assert self.gate.wait(10)
         vectors = np.stack([firsts, lengths], axis=1).astype(np.float32)
         vectors[firsts == NAN] = np.nan
         return Embedded({"dense": Rows.of_matrix(vectors, dimensions)}, np.isfinite(vectors).all(axis=1), len(ids))
+
+
+ONE_TEAM = InTurn(1)
+
+TWO_OR_WIDE = SideBySide(2, {"m": Pace(rate=1000.0, slower=1.75)})
+"""Narrow teams "0" and "1", and the wide team "2"."""
 
 
 def dense(result: Result) -> list[list[float]]:
@@ -74,16 +87,25 @@ class World:
         return await self.client.run("m", Texts(ids, lengths), dimensions=dimensions)
 
 
+def engine_of(runner: FakeRunner, schedule: Schedule) -> tuple[Engine, Teams]:
+    """An engine whose teams are threads named after their numbers."""
+    count = schedule.concurrency + isinstance(schedule, SideBySide)
+    teams = Teams([Team(str(number)) for number in range(count)], schedule, {"m": 8})
+    return Engine({"m": runner}, teams), teams  # type: ignore[dict-item]
+
+
 @contextlib.asynccontextmanager
-async def world(runner: FakeRunner | None = None, *, max_queue_tokens: int = 1000) -> AsyncIterator[World]:
+async def world(
+    runner: FakeRunner | None = None, *, max_queue_tokens: int = 1000, schedule: Schedule = ONE_TEAM
+) -> AsyncIterator[World]:
     runner = runner or FakeRunner()
     address = f"\0embedserve-test-{secrets.token_hex(8)}"
     broker = Broker(["m"], max_queue_tokens=max_queue_tokens, rate_limit=0)
-    with socket.socket(socket.AF_UNIX) as listener, ThreadPoolExecutor(1) as device:
+    with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()
         server = await asyncio.get_running_loop().create_unix_server(broker.connection, sock=listener)
-        engine = Engine({"m": runner}, device)  # type: ignore[dict-item]
+        engine, teams = engine_of(runner, schedule)
         connected = asyncio.create_task(engine.keep_connected(address))
         client = BrokerClient(address)
         await client.start()
@@ -93,14 +115,16 @@ async def world(runner: FakeRunner | None = None, *, max_queue_tokens: int = 100
         try:
             yield World(client, runner, engine)
         finally:
+            runner.gate.set()
             await client.stop()
             connected.cancel()
             engine._connection.close()
             server.close()
             await asyncio.sleep(0.05)
+            teams.close()
 
 
-def story(told: Callable[[World], Any], runner: FakeRunner | None = None, **options: int) -> None:
+def story(told: Callable[[World], Any], runner: FakeRunner | None = None, **options: Any) -> None:
     async def tell() -> None:
         async with asyncio.timeout(30), world(runner, **options) as there:
             await told(there)
@@ -192,7 +216,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     async def told(there: World) -> None:
         running = asyncio.create_task(there.run([SLOW]))
         await asyncio.sleep(0.05)
-        waiting = asyncio.create_task(there.run(*[[1] * 5] * 4))
+        waiting = asyncio.create_task(there.run(*[[text] * 5 for text in range(4)]))
         await asyncio.sleep(0.05)
         with pytest.raises(OverloadedError) as caught:
             await there.run([2])
@@ -203,31 +227,120 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     story(told, max_queue_tokens=20)
 
 
-def batch_of(*lengths: int) -> _Batch:
-    row: Any = np.array(lengths, dtype=np.int32)
-    connection: Any = None
-    return _Batch(connection, wire.Run(1, "m", "text", len(lengths)), row, row, row, np.empty(0, np.uint8))
+async def until(true: Callable[[], bool]) -> None:
+    while not true():
+        await asyncio.sleep(0.005)
 
 
-def test_long_texts_have_an_estimate_of_their_own() -> None:
-    # Attention costs the square of the length: judged by short texts, a book would seem to end long before it does, and
-    # the next batch would be bound behind it all the while.
-    estimates = _Estimates()
-    assert estimates.at_most(batch_of(8)) is None
-    estimates.learn(batch_of(8, 8), 0.016)
-    assert estimates.seconds(batch_of(9)) == pytest.approx(0.009)
-    assert estimates.seconds(batch_of(8192)) is None
-    assert estimates.at_most(batch_of(8192)) == pytest.approx(8192 * 0.001 * 2**10)
-    estimates.learn(batch_of(8192), 4.0)
-    assert estimates.seconds(batch_of(8192)) == pytest.approx(4.0)
-    assert estimates.seconds(batch_of(10)) == pytest.approx(0.010)
+def eights(count: int) -> list[list[int]]:
+    """Different texts that fill a batch each and wait at the gate."""
+    return [[GATE, text, 0, 0, 0, 0, 0, 0] for text in range(count)]
+
+
+def test_a_text_alone_has_all_cores_and_so_has_the_next_one() -> None:
+    async def told(there: World) -> None:
+        for text in range(5):
+            await there.run([text])
+        assert there.runner.threads == ["2"] * 5
+
+    story(told, schedule=TWO_OR_WIDE)
+
+
+def test_batches_of_a_large_request_run_side_by_side() -> None:
+    async def told(there: World) -> None:
+        asked = asyncio.create_task(there.run(*eights(6)))
+        await until(lambda: len(there.runner.batches) == 2)
+        assert sorted(there.runner.threads) == ["0", "1"], "both before either has ended"
+        there.runner.gate.set()
+        assert dense(await asked) == [[GATE, 8]] * 6
+        # The last may find nothing beside or behind it.
+        assert "2" not in there.runner.threads[:5]
+
+    story(told, schedule=TWO_OR_WIDE)
+
+
+def test_what_comes_while_all_cores_are_taken_waits_for_them_in_one_batch() -> None:
+    async def told(there: World) -> None:
+        first = asyncio.create_task(there.run([GATE]))
+        await until(lambda: there.runner.threads == ["2"])
+        others = [asyncio.create_task(there.run([text])) for text in (1, 2, 3)]
+        await asyncio.sleep(0.05)
+        assert len(there.runner.batches) == 1, "no team of some of the cores runs beside the one of all"
+        there.runner.gate.set()
+        await asyncio.gather(first, *others)
+        assert there.runner.batches == [[GATE], [1, 2, 3]]
+
+    story(told, schedule=TWO_OR_WIDE)
+
+
+def test_a_batch_that_fails_on_one_team_leaves_the_other_teams_alone() -> None:
+    async def told(there: World) -> None:
+        good = asyncio.create_task(there.run(*eights(3)))
+        await until(lambda: len(there.runner.batches) == 2)
+        bad = asyncio.create_task(there.run([FAILS]))
+        await asyncio.sleep(0.05)
+        there.runner.gate.set()
+        assert dense(await good) == [[GATE, 8]] * 3
+        with pytest.raises(RunError):
+            await bad
+        assert not there.engine.is_lost()
+
+    story(told, schedule=TWO_OR_WIDE)
+
+
+def test_a_gpus_second_batch_is_launched_while_the_first_one_is_computed() -> None:
+    async def told(there: World) -> None:
+        await there.run([1] * 8)  # so that there is an estimate, which the launch exceeds
+        asked = asyncio.create_task(there.run(*eights(4)))
+        await until(lambda: len(there.runner.batches) == 3)
+        assert sorted(there.runner.threads[1:]) == ["0", "1"]
+        there.runner.gate.set()
+        assert dense(await asked) == [[GATE, 8]] * 4
+
+    story(told, FakeRunner(device="cuda:0"), schedule=InTurn(2, launch=10.0))
+
+
+def test_one_hung_batch_of_two_is_enough_to_give_up_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def told(there: World) -> None:
+        asked = asyncio.create_task(there.run(*eights(3)))
+        await until(lambda: len(there.runner.batches) == 2)
+        assert not there.engine.is_lost()
+        started = there.engine._running[1].since
+        monkeypatch.setattr(time, "monotonic", lambda: started + 601.0)
+        assert there.engine.is_lost()
+        monkeypatch.undo()
+        there.runner.gate.set()
+        await asked
+        assert not there.engine.is_lost()
+
+    story(told, schedule=TWO_OR_WIDE)
+
+
+def test_both_running_batches_of_an_engine_that_is_gone_are_suspect() -> None:
+    async def told(there: World) -> None:
+        first = asyncio.create_task(there.run([GATE]))
+        await until(lambda: len(there.runner.batches) == 1)
+        others = [asyncio.create_task(there.run([text, GATE, GATE, GATE])) for text in (1, 2, 3, 4)]
+        await asyncio.sleep(0.05)
+        there.runner.gate.set()
+        there.runner.gate.clear()
+        await until(lambda: len(there.runner.batches) == 3)
+        assert sorted(there.runner.batches[1:]) == [[1, 2], [3, 4]]
+        there.engine._connection.close()
+        await there.engine._connection.lost.wait()
+        there.runner.gate.set()
+        results = await asyncio.gather(first, *others)
+        assert [dense(result) for result in results[1:]] == [[[text, 4]] for text in (1, 2, 3, 4)]
+        assert sorted(there.runner.batches[3:]) == [[1], [2], [3], [4]], "each of its own"
+
+    story(told, schedule=TWO_OR_WIDE)
 
 
 def test_an_engine_that_answers_nonsense_is_cut_off_and_its_batch_runs_elsewhere() -> None:
     async def told() -> None:
         address = f"\0embedserve-test-{secrets.token_hex(8)}"
         broker = Broker(["m"], max_queue_tokens=100, rate_limit=0)
-        with socket.socket(socket.AF_UNIX) as listener, ThreadPoolExecutor(1) as device:
+        with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(address)
             listener.listen()
             server = await asyncio.get_running_loop().create_unix_server(broker.connection, sock=listener)
@@ -248,8 +361,7 @@ def test_an_engine_that_answers_nonsense_is_cut_off_and_its_batch_runs_elsewhere
             asked = asyncio.create_task(client.run("m", texts, dimensions=2))
             async with asyncio.timeout(10):
                 await rogue.lost.wait()
-                runner: Any = FakeRunner()
-                engine = Engine({"m": runner}, device)
+                engine, teams = engine_of(FakeRunner(), ONE_TEAM)
                 connected = asyncio.create_task(engine.keep_connected(address))
                 assert dense(await asked) == [[5, 1]]
             await client.stop()
@@ -257,5 +369,6 @@ def test_an_engine_that_answers_nonsense_is_cut_off_and_its_batch_runs_elsewhere
             engine._connection.close()
             server.close()
             await asyncio.sleep(0.05)
+            teams.close()
 
     asyncio.run(told())
