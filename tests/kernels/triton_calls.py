@@ -20,12 +20,8 @@ import torch
 from torch import Tensor
 
 INTERPRETER = "interpreter"
-PLACES = [
-    INTERPRETER,
-    pytest.param(
-        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-    ),
-]
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+PLACES = [INTERPRETER, pytest.param("cuda", marks=GPU)]
 
 
 @dataclass(frozen=True)
