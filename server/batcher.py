@@ -24,7 +24,7 @@ No sockets, no torch, no clock: the broker calls it, the tests exhaust it. The r
 
 import bisect
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, NamedTuple, TypeVar
@@ -199,10 +199,10 @@ class Batcher(Generic[K, T]):
         segments = list(pick(candidates, bound.tokens))
         lengths = [segment.work.texts[text] for segment in segments for text in segment.texts]
 
-        claims: dict[Work[K, T], list[T]] = {}
-        for segment in segments:
-            for text in segment.texts:
-                for work in self._claim(text, head):
+        claims = {segment.work: list(segment.texts) for segment in segments}
+        for picker, texts in segments:
+            for text in texts:
+                for work in self._sharers(text, picker):
                     claims.setdefault(work, []).append(text)
         for work, texts in claims.items():
             self._count([work.waiting.pop(text) for text in texts], -1)
@@ -269,21 +269,21 @@ class Batcher(Generic[K, T]):
             self._waiting.setdefault(text, {})[work] = None
         self._count(texts.values(), +1)
 
-    def _claim(self, text: T, head: Work[K, T]) -> Iterable[Work[K, T]]:
-        """The requests that get a text's row from a batch at whose head `head` stands; they wait for it no more.
+    def _sharers(self, text: T, picker: Work[K, T]) -> Iterable[Work[K, T]]:
+        """The requests that get a text's row because `picker` has it run; neither they nor it wait for it any more.
 
         Suspects share with nobody: what kills an engine may be in any text of theirs.
         """
-        if head.suspect:
-            self._leave_text(head, text)
-            return [head]
         works = self._waiting.pop(text)
-        suspects = [work for work in works if work.suspect]
-        for work in suspects:
+        if len(works) == 1:
+            return ()
+        del works[picker]
+        sharers = [] if picker.suspect else [work for work in works if not work.suspect]
+        for work in sharers:
             del works[work]
-        if suspects:
-            self._waiting[text] = dict.fromkeys(suspects)
-        return works
+        if works:
+            self._waiting[text] = works
+        return sharers
 
     def _leave_text(self, work: Work[K, T], text: T) -> None:
         works = self._waiting[text]
@@ -305,10 +305,9 @@ class Batcher(Generic[K, T]):
                     del self._running[text]
         return batch
 
-    def _count(self, tokens: Iterable[int], sign: int) -> None:
-        for count in tokens:
-            self.waiting_texts += sign
-            self.waiting_tokens += sign * count
+    def _count(self, tokens: Collection[int], sign: int) -> None:
+        self.waiting_texts += sign * len(tokens)
+        self.waiting_tokens += sign * sum(tokens)
 
 
 def _pick_packed(works: Iterable[Work[K, T]], bound: int) -> Iterator[Segment[K, T]]:

@@ -203,7 +203,7 @@ class BrokerClient:
         return self._connection
 
     async def _ask(self, question: wire.Charge | wire.StatusRequest | wire.MetricsRequest) -> Any:
-        connection = await self._connect()
+        connection = self._connection or await self._connect()
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._questions[question.id] = answer
         try:
@@ -215,7 +215,7 @@ class BrokerClient:
             del self._questions[question.id]
 
     async def _run(self, model: str, items: Texts | Images, dimensions: int, outputs: Sequence[str]) -> Result:
-        connection = await self._connect()
+        connection = self._connection or await self._connect()
         if isinstance(items, Texts):
             modality, lengths, content = "text", items.lengths, items.ids.data.cast("B")
         else:
