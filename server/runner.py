@@ -241,19 +241,16 @@ class Runner:
 
         Raises OutOfMemoryError, which calls the row `one`, where there is none smaller.
         """
-        try:
-            return run()
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        # Behind the handler, where the error's traceback no longer keeps the batch's tensors.
-        if self._device.type == "cuda":
-            # For those who take memory beside torch's allocator, which would have given up its own by itself.
-            torch.cuda.empty_cache()
+        found = self._attempt(run)
+        if found is not None:
+            return found
         if rows == 1:
-            raise OutOfMemoryError(
-                f"{one} does not fit into the memory of {self._device}{devices.memory_left(self._device)}"
-            )
+            # Once more: what torch had kept for reuse is free now, also for those who take memory beside it.
+            found = self._attempt(run)
+            if found is None:
+                left = devices.memory_left(self._device)
+                raise OutOfMemoryError(f"{one} does not fit into the memory of {self._device}{left}")
+            return found
         # Once for batches of like size.
         if tokens.bit_length() not in self._warned:
             self._warned.add(tokens.bit_length())
@@ -261,6 +258,18 @@ class Runner:
                 "out of memory: a batch runs in halves; a smaller --max-batch-tokens would avoid it",
                 extra={"texts": rows, "tokens": tokens},
             )
+        return None
+
+    def _attempt(self, run: Callable[[], Embedded]) -> Embedded | None:
+        """What `run` gives, or None where memory ran out; what is kept for reuse is then given back."""
+        try:
+            return run()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        # Behind the handler, where the error's traceback no longer keeps the batch's tensors.
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
         return None
 
     def _run(self, ids: Ints, lengths: Ints, dimensions: Ints, outputs: Ints) -> Embedded:

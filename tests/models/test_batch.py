@@ -37,6 +37,35 @@ def test_the_runs_cover_the_tokens_in_order(rows: list[list[int]]) -> None:
     assert len({length for _, _, length in packed.runs()}) == len(packed.runs())
 
 
+@given(texts, st.integers(0, 20), st.integers(0, 5))
+def test_a_bucket_holds_the_batch_in_front_and_its_padding_as_one_more_row(
+    rows: list[list[int]], padding: int, spare: int
+) -> None:
+    packed = pack(rows)
+    tokens, count = len(packed.ids) + padding, len(rows) + (padding > 0) + spare
+    filled = packed.in_bucket(tokens, count)
+    assert len(filled.ids) == len(filled.positions) == len(filled.rows) == tokens
+    assert len(filled.lengths) == count == len(filled.cu_seqlens) - 1
+    for name in ("ids", "positions", "rows", "lengths", "cu_seqlens"):
+        own = getattr(packed, name)
+        assert getattr(filled, name)[: len(own)].tolist() == own.tolist()
+    assert filled.lengths[len(rows) :].tolist() == ([padding] if padding else []) + [0] * spare
+    assert filled.cu_seqlens[len(rows) + 1 :].tolist() == [tokens] * (count - len(rows))
+    assert filled.rows[len(packed.ids) :].tolist() == [len(rows)] * padding
+    assert filled.positions[len(packed.ids) :].tolist() == list(range(padding))
+    # All tokens are in a run, empty rows in none.
+    assert [start for start, _, _ in filled.runs()] == np.cumsum(
+        [0] + [rows * length for _, rows, length in filled.runs()]
+    )[:-1].tolist()
+    assert sum(count * length for _, count, length in filled.runs()) == tokens
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(4, 9), (5, 1), (6, 2)])
+def test_what_is_larger_than_a_bucket_is_refused(tokens: int, rows: int) -> None:
+    with pytest.raises(BatchError, match=f"5 tokens in 2 rows do not fit into {tokens} in {rows}"):
+        pack([[1, 2], [3, 4, 5]]).in_bucket(tokens, rows)
+
+
 @given(texts)
 def test_results_come_back_in_the_callers_order(rows: list[list[int]]) -> None:
     packed = pack(rows)

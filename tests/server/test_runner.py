@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
+from torch import Tensor
 
-from embedserve.models.batch import Ints
+from embedserve.models.backend import Backend
+from embedserve.models.batch import Ints, PackedBatch
 from embedserve.models.catalog import locate
 from embedserve.models.errors import BatchError, CheckpointError
-from embedserve.server.runner import DeviceError, Runner
+from embedserve.server.device import DeviceError, OutOfMemoryError
+from embedserve.server.runner import Runner
 
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 TEXTS = [
     "hello world",
     "What is Deep Learning?",
@@ -211,13 +218,17 @@ def test_warming_up_sets_the_bound_of_a_batch(runner: Runner) -> None:
     said: list[str] = []
     runner.warm_up(said.append)
     assert 256 <= runner.info.max_batch_tokens <= 8192
-    assert str(runner.info.max_batch_tokens) in said[-1]
+    # With the reason, and the rate.
+    assert re.fullmatch(
+        rf"batches of up to {runner.info.max_batch_tokens} tokens: larger ones .+ \([\d,]+ tokens/s\)", said[-1]
+    )
 
 
 def test_info_says_what_it_runs_on(runner: Runner) -> None:
     info = runner.info
     assert (info.device, info.dtype, info.backend, info.cost) == ("cpu", "float32", "native", "packed")
     assert (info.dimension, info.max_tokens, info.threads) == (384, 256, 2)
+    assert info.concurrency == 1
     assert info.device_name
 
 
@@ -274,7 +285,129 @@ def test_weights_that_give_nothing_but_nan_are_refused_at_the_start(folder: Path
         Runner.load(tmp_path, device="cpu").warm_up(max_batch_tokens=256)
 
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+class Tight:
+    """A backend with memory for so many tokens, and a list of what it was given."""
+
+    def __init__(self, backend: Backend, room: int, error: Exception) -> None:
+        self._backend, self._room, self._error = backend, room, error
+        self.name, self.cost, self.dtype, self.pools = backend.name, backend.cost, backend.dtype, backend.pools
+        self.batches: list[list[int]] = []
+
+    def hidden_states(self, batch: PackedBatch) -> Tensor:
+        self.batches.append(batch.host.lengths.tolist())
+        if len(batch.ids) > self._room:
+            raise self._error
+        return self._backend.hidden_states(batch)
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    MemoryError(),
+]
+
+
+@pytest.fixture
+def tight(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Exception], Tight]:
+    def make(room: int, error: Exception) -> Tight:
+        backend = Tight(runner._backend, room, error)
+        monkeypatch.setattr(runner, "_backend", backend)
+        monkeypatch.setattr(runner, "_warned", set())
+        return backend
+
+    return make
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:20] or "MemoryError")
+def test_where_memory_runs_out_a_batch_runs_in_parts(
+    runner: Runner,
+    encoded: list[list[int]],
+    tight: Callable[[int, Exception], Tight],
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+) -> None:
+    expected, total = embed(runner, encoded), sum(map(len, encoded))
+    ids, lengths, dimensions = arrays(encoded)
+    backend = tight(300, error)
+    embedded = runner.run(ids, lengths, dimensions)
+    assert np.abs(embedded.dense - expected).max() <= 1e-5
+    assert embedded.finite.all()
+    assert embedded.computed_tokens == total
+    ran = [batch for batch in backend.batches if sum(batch) <= 300]
+    assert sorted(length for batch in ran for length in batch) == sorted(lengths.tolist())
+    # By halves of the tokens: no more parts than needed, but for what does not divide evenly.
+    assert len(ran) <= 2 * total / 300 + 1
+    # Said once for batches of a size.
+    sizes = [record.__dict__["tokens"].bit_length() for record in caplog.records]
+    assert sizes
+    assert len(sizes) == len(set(sizes))
+
+
+def test_a_text_that_does_not_fit_alone_is_refused_by_its_size(
+    runner: Runner, tight: Callable[[int, Exception], Tight]
+) -> None:
+    backend = tight(100, OUT_OF_MEMORY[0])
+    with pytest.raises(OutOfMemoryError, match="a text of 101 tokens does not fit into the memory of cpu"):
+        runner.run(*arrays([[7] * 101]))
+    assert issubclass(OutOfMemoryError, BatchError)  # the engine goes on
+    # Not by its neighbours', of which one that fits runs.
+    with pytest.raises(OutOfMemoryError, match="a text of 150 tokens"):
+        runner.run(*arrays([[7] * 99, [7] * 150, [7] * 99]))
+    assert backend.batches[-1] == [150]
+    assert embed(runner, [[7] * 100]).shape == (1, 384)
+
+
+def test_other_errors_are_not_taken_for_want_of_memory(
+    runner: Runner, tight: Callable[[int, Exception], Tight]
+) -> None:
+    backend = tight(1, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        runner.run(*arrays([[7, 8], [9]]))
+    assert len(backend.batches) == 1
+
+
+def test_rows_without_an_output_keep_their_places_in_parts(
+    runner: Runner, encoded: list[list[int]], tight: Callable[[int, Exception], Tight]
+) -> None:
+    ids, lengths, _ = arrays(encoded)
+    dimensions = np.random.default_rng(0).integers(1, 384, len(encoded), dtype=np.int32)
+    whole = runner.run(ids, lengths, dimensions)
+    tight(300, MemoryError())
+    parts = runner.run(ids, lengths, dimensions)
+    assert parts.arrays["dense"].counts.tolist() == dimensions.tolist()
+    assert np.abs(parts.arrays["dense"].elements - whole.arrays["dense"].elements).max() <= 1e-5
+
+
+def test_a_batch_is_one_forward_of_the_tokens_that_were_sent(
+    runner: Runner, encoded: list[list[int]], tight: Callable[[int, Exception], Tight]
+) -> None:
+    backend = tight(100_000, MemoryError())
+    embedded = runner.run(*arrays(encoded))
+    assert [sum(batch) for batch in backend.batches] == [sum(map(len, encoded))] == [embedded.computed_tokens]
+    # The matrix is the array that goes out: no vector is taken apart.
+    assert np.shares_memory(embedded.dense, embedded.arrays["dense"].elements)
+
+
+def test_a_thousand_texts_of_one_token(runner: Runner) -> None:
+    ids = np.random.default_rng(4).integers(0, 30_000, 1000)
+    together = embed(runner, [[int(token)] for token in ids])
+    for index in (0, 1, 500, 999):
+        assert np.abs(together[index] - embed(runner, [[int(ids[index])]])[0]).max() <= 1e-5
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_threads_get_the_vectors_that_one_gets_alone(
+    folder: Path, runner: Runner, encoded: list[list[int]], device: str
+) -> None:
+    shared = runner if device == "cpu" else Runner.load(folder, device=device)
+    chance = np.random.default_rng(5)
+    batches = [[encoded[index] for index in chance.integers(0, len(encoded), 1 + size % 6)] for size in range(24)]
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(lambda batch: embed(shared, batch), batches))
+    tolerance = 1e-5 if device == "cpu" else 2e-3
+    for batch, vectors in zip(batches, found, strict=True):
+        assert np.abs(vectors - embed(shared, batch)).max() <= tolerance
 
 
 @pytest.mark.parametrize(
