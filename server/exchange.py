@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -85,19 +85,23 @@ class Exchange:
         """Since the request came in."""
         return time.perf_counter() - self.started
 
-    def headers(self) -> dict[str, str]:
+    def headers(self) -> list[tuple[bytes, bytes]]:
         """What every answer carries, and what this one does besides."""
-        headers = {"x-request-id": self.id}
+        headers = [(b"x-request-id", self.id.encode())]
         if self.model and self.status < 400:
-            headers["openai-processing-ms"] = str(round(self.seconds * 1000))
-            headers["openai-version"] = "2020-10-01"
-            headers["openai-model"] = self.name
+            headers += [
+                (b"openai-processing-ms", b"%d" % round(self.seconds * 1000)),
+                (b"openai-version", b"2020-10-01"),
+                (b"openai-model", self.name.encode("latin-1")),
+            ]
         if self.truncated:
-            headers["x-truncated-inputs"] = str(self.truncated)
+            headers.append((b"x-truncated-inputs", b"%d" % self.truncated))
         if self.charged is not None:
-            headers["x-ratelimit-limit-requests"] = str(self.limit)
-            headers["x-ratelimit-remaining-requests"] = str(self.charged.remaining)
-            headers["x-ratelimit-reset-requests"] = _duration(self.charged.reset)
+            headers += [
+                (b"x-ratelimit-limit-requests", b"%d" % self.limit),
+                (b"x-ratelimit-remaining-requests", b"%d" % self.charged.remaining),
+                (b"x-ratelimit-reset-requests", _duration(self.charged.reset).encode()),
+            ]
         return headers
 
     def report(self) -> RequestReport:
@@ -142,7 +146,7 @@ def _duration(seconds: float) -> str:
 class ExchangeMiddleware:
     """Gives each request its `Exchange`, puts the headers on its answer, logs it, and reports it where it is counted.
 
-    It is the outermost layer of our own: what escapes from the others becomes a 500 here.
+    It is the outermost layer of our own: errors that escape from the others become answers here, an envelope or a 500.
     """
 
     def __init__(self, app: ASGIApp, report: Callable[[RequestReport], None]) -> None:
@@ -161,15 +165,16 @@ class ExchangeMiddleware:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
-                headers = MutableHeaders(raw=message["headers"])
-                headers.update(exchange.headers())
+                message["headers"] += exchange.headers()
                 if exchange.status >= 400 and "expect" in Headers(scope=scope):
                     # The client waits with its body for a word that it does not get: what it sends next is no body.
-                    headers["connection"] = "close"
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_headers)
+        except APIError as error:
+            await error_response(exchange, error)(scope, receive, send_with_headers)
         except ClientGoneError:
             exchange.status, exchange.code = 499, "client_gone"
         except asyncio.CancelledError:
@@ -186,8 +191,9 @@ class ExchangeMiddleware:
             if exchange.route:
                 self._report(exchange.report())
             level = logging.INFO if exchange.route else logging.DEBUG
-            # The path of an unknown URL is the client's own text; the routes are ours.
-            log.log(level, "%s", exchange.route or scope["method"], extra=exchange.log_fields())
+            if log.isEnabledFor(level):
+                # The path of an unknown URL is the client's own text; the routes are ours.
+                log.log(level, "%s", exchange.route or scope["method"], extra=exchange.log_fields())
 
 
 def error_response(exchange: Exchange, error: APIError) -> JSONResponse:

@@ -1,9 +1,11 @@
 """HTTP/1.1 on a connection: uvicorn's httptools protocol, and what it lets through that we do not."""
 
+import asyncio
 import json
+from typing import Any, cast
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from embedserve.server.errors import InvalidRequestError
 from embedserve.server.exchange import new_request_id
@@ -67,6 +69,12 @@ class HTTPProtocol(HttpToolsProtocol):
             if name != b"upgrade":
                 lines.append(name + b": " + value)
         return b"\r\n".join([*lines, b"", b""])
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        # Of the answer to HEAD the head is all there is.
+        if cycle.scope["method"] != "HEAD":
+            cycle.transport = cast(asyncio.Transport, _AnswerInOnePiece(cycle))
+        super()._start_asgi_task(cycle, app)
 
     def on_message_begin(self) -> None:
         """Called by the parser: a head begins."""
@@ -136,3 +144,36 @@ class HTTPProtocol(HttpToolsProtocol):
             b"x-request-id: %b\r\ncontent-length: %d\r\n\r\n%b" % (new_request_id().encode(), len(body), body)
         )
         self.transport.close()
+
+
+class _AnswerInOnePiece:
+    """The transport as one answer sees it: its head waits for the body, which uvicorn writes apart.
+
+    A write to a TCP socket takes 10 to 20 us of the kernel, as much as all of uvicorn, and wakes the client, who cannot
+    do anything with the head alone.
+    """
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._transport = cycle.transport
+        self._head: bytes | None = None
+
+    def write(self, data: bytes) -> None:
+        """See `asyncio.Transport`."""
+        if not self._cycle.response_started:  # "100 Continue": the client waits with its body for that
+            self._transport.write(data)
+        elif self._head is None:
+            self._head = data
+        else:
+            self._transport.writelines([self._head, data] if self._head else [data])
+            self._head = b""
+
+    def close(self) -> None:
+        """See `asyncio.Transport`."""
+        if self._head:
+            self._transport.write(self._head)
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        """See `asyncio.Transport`."""
+        return self._transport.is_closing()
