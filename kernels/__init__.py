@@ -1,7 +1,7 @@
 """Operations on the device, one a file: the formula, a plain torch reference beside it, and what is faster.
 
 attention   softmax(QKᵀ/√d + B)V over packed sequences, in both directions or causal
-alibi       the slopes and biases of ALiBi, the B of JinaBERT; alibi_triton attends with them on GPUs
+alibi       the slopes and biases of ALiBi, the B of JinaBERT
 rotary      positions as angles, of texts; rotary_2d of images
 norm        LayerNorm, alone and after a residual sum; RMSNorm
 activation  the feed-forward non-linearities that checkpoints name

@@ -1,6 +1,6 @@
 """ALiBi, attention with linear biases, in the symmetric form of encoders: `B[h, i, j] = -slope_h · |i - j|`.
 
-What is here is the bias alone; `attention.py` and `alibi_triton.py` attend with it. Source: Press et al. 2021
+What is here is the bias alone; `attention.py` and `attention_triton.py` attend with it. Source: Press et al. 2021
 (arXiv:2108.12409); for both directions, Günther et al. 2023 (arXiv:2310.19923).
 """
 

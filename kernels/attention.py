@@ -36,6 +36,11 @@ class Layout:
     runs: tuple[tuple[int, int, int], ...]
 
 
+PROGRAM_LENGTHS = (16, 32, 64, 128)
+"""Longest rows for which the packed kernels have programs of their own: where a model has run a batch of each, on one
+device, no request waits for a compiler any more (a second or two for each program)."""
+
+
 class Attend(Protocol):
     """Attention of each row of a packed batch to itself."""
 
@@ -103,7 +108,7 @@ def _attend_alike(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, slopes: Tens
 def attend_padded(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, causal: bool = False, slopes: Tensor | None = None
 ) -> Tensor:
-    """One dense attention over rows padded to the longest, the padding masked: float32 and older GPUs on CUDA.
+    """One dense attention over rows padded to the longest, the padding masked: GPUs before Ampere.
 
     With slopes, as many queries at a time as keep the bias, [rows, heads, queries, longest], within a bound.
     """
@@ -145,27 +150,26 @@ def attend_padded(
 def attend_varlen(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, causal: bool = False, slopes: Tensor | None = None
 ) -> Tensor:
-    """Packed rows in one kernel: float16 and bfloat16 on CUDA, Ampere or newer.
+    """Packed rows in one kernel, in any of three dtypes: CUDA, Ampere or newer.
 
-    torch's FlashAttention, which has no ALiBi; with slopes ours. Both accumulate softmax and sums in float32. Raises
-    RuntimeError from torch for other dtypes or devices, ImportError with slopes where torch came without Triton.
+    torch's FlashAttention where it has all that is asked for, else ours: ALiBi, float32, a head_dim that is no multiple
+    of 8, grouped heads before torch 2.12. Both accumulate softmax and sums in float32, and take empty rows. Raises
+    RuntimeError from torch on other devices, ImportError where torch came without Triton.
     """
     _check_alibi(q, k, causal=causal, slopes=slopes)
-    if slopes is not None:
+    grouped = q.shape[1] != k.shape[1]
+    if slopes is not None or q.dtype == torch.float32 or q.shape[2] % 8 or (grouped and not _varlen_takes_groups()):
         # Imported here: CPU builds of torch come without Triton.
-        from embedserve.kernels.alibi_triton import attend_alibi
+        from embedserve.kernels.attention_triton import attend_triton
 
-        return attend_alibi(q, k, v, layout, slopes)
+        return attend_triton(q, k, v, layout, causal=causal, slopes=slopes)
     # Imported here: the module warns or fails at import on builds without CUDA attention kernels.
     from torch.nn.attention.varlen import varlen_attn
 
     cu_seqlens, longest = layout.cu_seqlens, layout.max_seqlen
     options: dict[str, Any] = {"window_size": (-1, 0)} if causal else {}
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1 and _varlen_takes_groups():
+    if grouped:
         options["enable_gqa"] = True
-    elif groups > 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     states = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
     assert isinstance(states, Tensor)  # a pair only with return_aux
     return states.flatten(1)

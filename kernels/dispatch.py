@@ -15,9 +15,9 @@ from embedserve.kernels.embedding import embed
 from embedserve.kernels.gated import OneProduct, TwoProducts
 from embedserve.kernels.linear import Linear, OneDnnLinear, TorchLinear
 from embedserve.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from embedserve.kernels.pooling import Pool, pool_and_finish
 from embedserve.kernels.rotary import norm_rotate
 
-_HALF = (torch.float16, torch.bfloat16)
 # FlashAttention's kernels begin with Ampere, and so does what Triton supports.
 _AMPERE = (8, 0)
 
@@ -39,6 +39,7 @@ class Kernels:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     norm_rotate: Callable[[Tensor, Tensor, float, Tensor, Tensor], Tensor]
+    pool_and_finish: Pool
     pads: bool = False
 
 
@@ -52,6 +53,7 @@ REFERENCE = Kernels(
     rms_norm=rms_norm,
     add_rms_norm=add_rms_norm,
     norm_rotate=norm_rotate,
+    pool_and_finish=pool_and_finish,
 )
 
 
@@ -62,19 +64,18 @@ def choose(device: torch.device, dtype: torch.dtype, *, reference: bool = False)
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) < _AMPERE:
             return replace(REFERENCE, attend=attend_padded, pads=True)
-        packed = dtype in _HALF
-        return fused(attend_varlen if packed else attend_padded, pads=not packed)
+        return fused(attend_varlen)
     if device.type == "cpu" and dtype == torch.float32 and OneDnnLinear.available():
         return replace(REFERENCE, linear=OneDnnLinear, gated=_onednn_gated)
     return REFERENCE
 
 
-def fused(attend: Attend, *, pads: bool = False) -> Kernels:
+def fused(attend: Attend) -> Kernels:
     """Return cuBLAS's products with our Triton kernels between them: all but attention, in every float up to 32 bits.
 
     Raises ImportError where torch came without Triton, as its CPU builds do.
     """
-    from embedserve.kernels import activation_triton, embedding_triton, norm_triton, rotary_triton
+    from embedserve.kernels import activation_triton, embedding_triton, norm_triton, pooling_triton, rotary_triton
 
     linear = activation_triton.CublasLinear
     return Kernels(
@@ -87,7 +88,7 @@ def fused(attend: Attend, *, pads: bool = False) -> Kernels:
         rms_norm=norm_triton.rms_norm,
         add_rms_norm=norm_triton.add_rms_norm,
         norm_rotate=rotary_triton.norm_rotate,
-        pads=pads,
+        pool_and_finish=pooling_triton.pool_and_finish,
     )
 
 

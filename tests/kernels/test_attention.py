@@ -13,7 +13,8 @@ from embedserve.kernels.attention import Attend, Layout, attend_by_runs, attend_
 LENGTHS = [[1], [5], [1, 1, 1], [5, 123], [2, 2, 7, 7, 7, 96, 97, 97, 300], [128] * 3]
 
 
-def layout_of(lengths: list[int], device: str = "cpu") -> Layout:
+def layout_of(lengths: list[int], device: str = "cpu", *, longest: int | None = None) -> Layout:
+    """Rows may be empty; longest is a bound on the lengths where it is not the longest itself, as in a CUDA graph."""
     cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     runs, start = [], 0
     for length, group in itertools.groupby(lengths):
@@ -22,18 +23,31 @@ def layout_of(lengths: list[int], device: str = "cpu") -> Layout:
         start += rows * length
     positions = torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths])
     rows_of = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), torch.tensor(lengths))
-    return Layout(cu.to(device), rows_of.to(device), positions.to(device), max(lengths), tuple(runs))
+    return Layout(cu.to(device), rows_of.to(device), positions.to(device), longest or max(lengths), tuple(runs))
 
 
-def exact(qkv: torch.Tensor, lengths: list[int], slopes: torch.Tensor | None = None) -> torch.Tensor:
-    """The formula, row by row, in float64."""
+def exact(
+    qkv: torch.Tensor,
+    lengths: list[int],
+    slopes: torch.Tensor | None = None,
+    *,
+    kv_heads: int | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
+    """The formula, row by row, in float64. qkv is [tokens, heads + 2 · kv_heads, head_dim] or [tokens, 3, heads, …]."""
+    qkv = qkv.flatten(1, -2)
+    kv_heads = kv_heads or qkv.shape[1] // 3
+    heads = qkv.shape[1] - 2 * kv_heads
     outputs = []
     for row in torch.split(qkv.double(), lengths):
-        q, k, v = row.permute(1, 2, 0, 3)
+        q, k, v = row.transpose(0, 1).split([heads, kv_heads, kv_heads])
+        k, v = (part.repeat_interleave(heads // kv_heads, dim=0) for part in (k, v))
         scores = q @ k.transpose(1, 2) / row.shape[-1] ** 0.5
+        index = torch.arange(len(row), dtype=torch.float64)
         if slopes is not None:
-            index = torch.arange(len(row), dtype=torch.float64)
             scores -= slopes.double()[:, None, None] * (index[:, None] - index).abs()
+        if causal:
+            scores.masked_fill_(index[:, None] < index, float("-inf"))
         outputs.append((torch.softmax(scores, dim=-1) @ v).permute(1, 0, 2).flatten(1))
     return torch.cat(outputs)
 
@@ -117,29 +131,52 @@ def test_alibi_together_with_causal_or_grouped_attention_is_refused(attend: Atte
         attend(q, k[:, :2], v[:, :2], layout_of([5]), slopes=slopes)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("attend", [attend_by_runs, attend_padded])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("alibi", [False, True], ids=["plain", "alibi"])
-def test_varlen_attention_agrees_with_the_formula(dtype: torch.dtype, lengths: list[int], alibi: bool) -> None:
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 1), (2, 2)])
+@pytest.mark.parametrize("causal", [False, True], ids=["both directions", "causal"])
+def test_grouped_and_causal_attention_is_its_formula(
+    attend: Attend, lengths: list[int], heads: int, kv_heads: int, causal: bool
+) -> None:
     torch.manual_seed(0)
-    qkv = torch.randn(sum(lengths), 3, 3, 64).to("cuda", dtype)
-    slopes = alibi_slopes(3, qkv.device) if alibi else None
-    found = attend_varlen(*qkv.unbind(1), layout_of(lengths, "cuda"), slopes=slopes)
-    tolerance = 4e-3 if dtype == torch.float16 else 3e-2
-    expected = exact(qkv.cpu(), lengths, None if slopes is None else slopes.cpu())
-    assert (found.double().cpu() - expected).abs().max() < tolerance
+    qkv = torch.randn(sum(lengths), heads + 2 * kv_heads, 24)
+    found = attend(*qkv.split([heads, kv_heads, kv_heads], dim=1), layout_of(lengths), causal=causal)
+    assert (found.double() - exact(qkv, lengths, kv_heads=kv_heads, causal=causal)).abs().max() < 5e-6
+
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.mark.parametrize("attend", [pytest.param(one, marks=GPU) for one in (attend_varlen, attend_padded)])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("kind", ["plain", "alibi", "causal, grouped"])
+@pytest.mark.parametrize("head_dim", [64, 26])
+def test_attention_on_cuda_is_its_formula(
+    attend: Attend, dtype: torch.dtype, lengths: list[int], kind: str, head_dim: int
+) -> None:
+    torch.manual_seed(0)
+    causal = kind.startswith("causal")
+    kv_heads = 2 if causal else 4
+    qkv = torch.randn(sum(lengths), 4 + 2 * kv_heads, head_dim).to("cuda", dtype)
+    slopes = alibi_slopes(4, qkv.device) if kind == "alibi" else None
+    layout = layout_of(lengths, "cuda")
+    found = attend(*qkv.split([4, kv_heads, kv_heads], dim=1), layout, causal=causal, slopes=slopes)
+    expected = exact(qkv.cpu(), lengths, None if slopes is None else slopes.cpu(), kv_heads=kv_heads, causal=causal)
+    assert (found.double().cpu() - expected).abs().max() < TOLERANCE[dtype]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("alibi", [False, True], ids=["plain", "alibi"])
-def test_padded_attention_on_cuda_agrees_with_the_formula(lengths: list[int], alibi: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("causal", [False, True], ids=["both directions", "causal"])
+def test_our_kernel_agrees_with_the_librarys(dtype: torch.dtype, causal: bool) -> None:
+    from embedserve.kernels.attention_triton import attend_triton
+
     torch.manual_seed(0)
-    qkv = torch.randn(sum(lengths), 3, 3, 64, device="cuda")
-    slopes = alibi_slopes(3, qkv.device) if alibi else None
-    found = attend_padded(*qkv.unbind(1), layout_of(lengths, "cuda"), slopes=slopes)
-    expected = exact(qkv.cpu(), lengths, None if slopes is None else slopes.cpu())
-    assert (found.double().cpu() - expected).abs().max() < 2e-5
+    lengths = [1, 16, 513, 2, 2048, 33]
+    qkv = torch.randn(sum(lengths), 3, 8, 64).to("cuda", dtype)
+    layout = layout_of(lengths, "cuda")
+    found, library = (attend(*qkv.unbind(1), layout, causal=causal) for attend in (attend_triton, attend_varlen))
+    assert (found.float() - library.float()).abs().max() < TOLERANCE[dtype]
