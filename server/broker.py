@@ -234,10 +234,13 @@ class Broker:
         )
         return request, dict(zip(keys, lengths, strict=True))
 
+    def _can_keep(self, model: str) -> bool:
+        """Engines that differ give vectors that differ in their last digits: none answers for the others."""
+        return len(self._variants[model]) == 1
+
     def _look_up(self, model: str, texts: Mapping[bytes, int]) -> dict[bytes, Sequence[bytes]]:
         """Those of the texts whose result is in the cache, with it."""
-        # Engines that differ give vectors that differ in their last bits: none of them is the answer of the others.
-        if self._cache is None or len(self._variants[model]) > 1:
+        if self._cache is None or not self._can_keep(model):
             return {}
         found = {text: result for text in texts if (result := self._cache.get(text)) is not None}
         self._metrics.count_look_ups(model, len(found), len(texts) - len(found))
@@ -290,6 +293,8 @@ class Broker:
                 for model in message.models:
                     self._editions[model.name] += 1
                     self._variants[model.name].add((model.device.partition(":")[0], model.dtype, model.backend))
+                    if self._cache is not None and not self._can_keep(model.name):
+                        log.warning("its engines differ, so its results are not cached", extra={"model": model.name})
                     engine.bounds[Lane(model.name, model.modality)] = Bound(model.max_batch_tokens, Cost(model.cost))
                     self._known[model.name] = True
                     self._last_states[model.name] = model
@@ -357,7 +362,7 @@ class Broker:
         row_of = {text: row for row, text in enumerate(text for segment in batch.segments for text in segment.texts)}
         bad_rows = set(message.not_finite)
         not_finite = {text for text, row in row_of.items() if row in bad_rows} if bad_rows else set()
-        if self._cache is not None and len(self._variants[model]) == 1:
+        if self._cache is not None and self._can_keep(model):
             self._keep(self._cache, batch, arrays, row_of, not_finite)
         answers: dict[_FrontEnd, list[Finished[_Request, bytes]]] = defaultdict(list)
         answered = 0
@@ -373,8 +378,8 @@ class Broker:
         self._metrics.count_repeats(model, max(0, answered - rows))
         for front_end, parts in answers.items():
             self._send_parts(front_end, parts, arrays, row_of)
-        # What must run alone waits for an engine that has nothing else.
-        self._dispatch_soon()
+        if engine.pulls and self._batcher.waiting_texts:
+            self._dispatch_soon()  # what must run alone waits for an engine that has nothing else
 
     def _send_parts(
         self,

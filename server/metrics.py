@@ -170,13 +170,12 @@ class Metrics(Collector):
         self._lost_batches.add(1, model)
 
     def collect(self) -> Iterable[Metric]:
-        """All of them, for prometheus_client."""
-        for metric in vars(self).values():
-            if isinstance(metric, _Counter | _Histogram):
-                yield metric.collect()
-        for reading in self._readings.values():
-            if reading.value is not None:
-                yield reading.collect()
+        """All that have been counted or can be read, for prometheus_client."""
+        for metric in (*vars(self).values(), *self._readings.values()):
+            if isinstance(metric, _Counter | _Histogram | _Reading):
+                family = metric.collect()
+                if family.samples:
+                    yield family
 
     def render(self) -> bytes:
         """The exposition text."""

@@ -49,7 +49,8 @@ _CREDENTIALS = struct.Struct("iII")
 _PREFIX = struct.Struct("<II")
 _CONNECT_SECONDS = 0.05
 """Between two tries to connect."""
-MAX_HEADER_BYTES = 1 << 20
+MAX_HEADER_BYTES = 16 << 20
+"""Thirty bytes for each request of the largest batch are well below."""
 MAX_PAYLOAD_BYTES = 1 << 30
 
 

@@ -508,3 +508,33 @@ def test_a_submit_that_does_not_hold_together_ends_its_connection_alone(payload:
         assert dense(await asked) == [[1, 1]]
 
     story(told)
+
+
+def test_the_answers_of_a_batch_to_one_front_end_are_one_frame() -> None:
+    async def told(there: World) -> None:
+        frames: list[tuple[wire.Message, bytes]] = []
+        raw = await wire.connect(
+            there.address,
+            lambda: wire.FramedConnection(
+                lambda _, message, payload: frames.append((message, payload)), lambda _: None
+            ),
+        )
+        raw.send(wire.Hello("front_end", 1))
+        first = ask(there.client, [9])
+        await there.engine.batch()
+        for number in range(10):
+            ids = np.array([1, 20 + number % 5], "<i4").tobytes()  # a length, and ids that are equal now and then
+            raw.send(wire.Submit(number, "m", "text", 1, 2, 1), [ids])
+        await settle()
+        await there.engine.answer()
+        await there.engine.answer()
+        await settle()
+        [(parts, payload)] = frames
+        assert isinstance(parts, wire.Parts)
+        assert parts.rows == 5
+        assert sorted(answer.id for answer in parts.answers) == list(range(10))
+        assert len(payload) == 2 * 4 * 10 + 5 * 4 + 5 * 2 * 4, "positions and places, counts, vectors"
+        await first
+        raw.close()
+
+    story(told)
