@@ -75,11 +75,15 @@ class Texts:
         shortest, longest = (min(length, self.max_tokens) for length in _LENGTHS[self.cost])
         # Texts are whole, so a batch falls short of its bound by half a text on average.
         tokens = bound - (shortest + longest) // 4
-        chance = np.random.default_rng(0)
-        lengths = chance.integers(shortest, longest, tokens, dtype=np.int32, endpoint=True)
+        lengths = np.random.default_rng(0).integers(shortest, longest, tokens, dtype=np.int32, endpoint=True)
         lengths = lengths[: int(np.searchsorted(np.cumsum(lengths), tokens)) + 1]
         lengths[-1] -= lengths.sum() - tokens
-        return chance.integers(0, self.vocab_size, tokens, dtype=np.int32), lengths
+        return self.of(lengths)
+
+    def of(self, lengths: Ints) -> tuple[Ints, Ints]:
+        """The batch of texts of these lengths."""
+        ids = np.random.default_rng(1).integers(0, self.vocab_size, int(lengths.sum()), dtype=np.int32)
+        return ids, lengths
 
 
 def measure(embed: Embed, texts: Texts, device: torch.device) -> Bound:

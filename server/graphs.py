@@ -36,9 +36,14 @@ class Bucket:
         return tokens <= self.tokens and rows + (tokens < self.tokens) <= self.rows
 
 
-# Empty rows cost next to nothing, so texts of four tokens on average still fit. With more than 512 tokens the larger
-# models keep a GPU busy for longer than their launches take.
-BUCKETS = tuple(Bucket(tokens, tokens // 4) for tokens in (16, 32, 64, 96, 128, 192, 256, 384, 512))
+# Empty rows are not free: FlashAttention starts a block of threads for each of them, head and 128 tokens of the bucket.
+# So there is a graph for a text alone, and one for texts of eight tokens on average. With more than 512 tokens the
+# larger models keep a GPU busy for longer than their launches take.
+BUCKETS = tuple(
+    Bucket(tokens, rows)
+    for tokens in (16, 32, 64, 96, 128, 192, 256, 384, 512)
+    for rows in dict.fromkeys((2, max(2, tokens // 8)))
+)
 
 # Device memory for all graphs of a model.
 _LARGEST_POOL = 256 << 20
@@ -107,7 +112,7 @@ def capture(
     taken = 0
     # The largest first: the memory that it needs serves the others too.
     for bucket in reversed([bucket for bucket in BUCKETS if bucket.tokens <= config.max_positions]):
-        shown = f"no CUDA graph for batches of up to {bucket.tokens} tokens"
+        shown = f"no CUDA graph for batches of up to {bucket.tokens} tokens in {bucket.rows} rows"
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(device)
         try:
@@ -118,7 +123,7 @@ def capture(
                 different = _difference(backend, config, states, bucket, device)
         except RuntimeError as error:
             # What one graph cannot hold, the others cannot either.
-            progress(f"{shown} or fewer: {_first_line(error)}")
+            progress(f"{shown}, or fewer: {_first_line(error)}")
             break
         if different:
             progress(f"{shown}: {different}")
@@ -136,7 +141,9 @@ def _difference(
 ) -> str:
     """What is wrong with the graph's states of a batch with padding; empty if nothing is."""
     tokens = bucket.tokens - bucket.tokens // 8
-    host = _random_rows([1, tokens // 4, tokens - tokens // 4 - 1], config.vocab_size)
+    # Its last row is that of the padding.
+    lengths = [tokens] if bucket.rows == 2 else [1, tokens // 4, tokens - tokens // 4 - 1]
+    host = _random_rows(lengths, config.vocab_size)
     padded = _on_device(host.in_bucket(bucket.tokens, bucket.rows), device)
     layout = padded.layout
     found = captured.replay([padded.ids, layout.positions, layout.rows, layout.cu_seqlens])[:tokens].clone()

@@ -21,7 +21,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from embedserve.kernels import heads, pooling
+from embedserve.kernels import dispatch, heads, pooling
+from embedserve.kernels.attention import PROGRAM_LENGTHS
 from embedserve.models import registry
 from embedserve.models.backend import Backend
 from embedserve.models.batch import Ints, PackedBatch, PackedRows
@@ -102,6 +103,7 @@ class Runner:
         self._device = device
         self._threads = threads
         self._staging = staging_of(device)
+        self._pool_and_finish = dispatch.choose(device, backend.dtype).pool_and_finish
         self._graphs: Mapping[graphs.Bucket, graphs.CapturedStates] = {}
         self._max_batch_tokens = bounds.SMALLEST
         self._warned: set[int] = set()
@@ -143,12 +145,20 @@ class Runner:
             progress(f"{count} threads, each on a core of its own")
         name = registry.backend_for(config.family) if backend == "auto" else backend
         shown = str(kind).removeprefix("torch.")
+        exact = None
+        if place.type == "cpu" and kind != torch.float32:
+            if name != "native":
+                raise DeviceError(f"dtype {shown} on the CPU: the {name} backend has but float32 there; use native")
+            # Gone again before the other one comes, so that the two are never in memory together.
+            exact = cls.load(
+                folder, config=config, device="cpu", dtype="float32", backend=name, threads=count, progress=progress
+            )._precision_probe()
         progress(f"loading {folder.name} as {shown} onto {place}, {name} backend")
         started = time.perf_counter()
         try:
             with torch.inference_mode():
                 loaded = registry.backend(name)(config, place, kind)
-                heads = {} if loaded.pools else load_heads(config, place, loaded.dtype)
+                heads = {} if loaded.pools else load_heads(config, place, torch.float32 if kind == torch.int8 else loaded.dtype)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -296,11 +306,7 @@ class Runner:
                 states = self._backend.hidden_states(batch)
             else:
                 states = self._graphs[bucket].replay([there[name] for name in _arrays(staged)])[: len(ids)]
-            if self._backend.pools:
-                pooled = states.float()
-            else:
-                pooled = pooling.pool(states, batch.layout.cu_seqlens, self._config.pooling)
-            found = self._finish(pooled, there, dimensions)
+            found = self._vectors(states, None if self._backend.pools else batch, there, dimensions)
             if sparse.any():
                 found["sparse"], found["sparse_finite"] = heads.sparse_weights(
                     states, self._heads["sparse"], batch.layout
@@ -333,7 +339,7 @@ class Runner:
             arrays["dimensions"] = dimensions
 
         def launch(there: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return self._finish(self._backend.images(there["pixels"]).float(), there, dimensions)
+            return self._vectors(self._backend.images(there["pixels"]), None, there, dimensions)
 
         with self._staging.run(arrays, launch) as host:
             vectors, finite = host["vectors"].copy(), host["finite"].copy()
@@ -342,9 +348,20 @@ class Runner:
     def _cuts(self, dimensions: Ints) -> bool:
         return int(dimensions.min()) < self._config.dimension
 
-    def _finish(self, pooled: Tensor, there: Mapping[str, Tensor], dimensions: Ints) -> dict[str, Tensor]:
-        """Cut, normalise, check: vectors float32 [rows, max(dimensions)], and which are finite."""
-        vectors, finite = pooling.finish(pooled, there.get("dimensions"), normalize=self._config.normalize)
+    def _vectors(
+        self, states: Tensor, batch: PackedBatch | None, there: Mapping[str, Tensor], dimensions: Ints
+    ) -> dict[str, Tensor]:
+        """Pool, cut, normalise, check: vectors float32 [rows, max(dimensions)], and which are finite.
+
+        states: of the batch's tokens, or of rows that are pooled already, and then there is no batch.
+        """
+        cut, normalize = there.get("dimensions"), self._config.normalize
+        if batch is None:
+            vectors, finite = pooling.finish(states.float(), cut, normalize=normalize)
+        else:
+            vectors, finite = self._pool_and_finish(
+                states, batch.layout.cu_seqlens, self._config.pooling, cut, normalize=normalize
+            )
         return {"vectors": vectors[:, : int(dimensions.max())], "finite": finite}
 
     def _sparse(self, rows: PackedRows, weights: Floats, wanted: Flags) -> dict[str, Rows]:
@@ -397,8 +414,10 @@ class Runner:
         texts = bounds.Texts(self._backend.cost, config.max_tokens, config.vocab_size)
         self._probe(*texts.within(bounds.SMALLEST))
         on_gpu = self._device.type == "cuda"
-        if on_gpu and self._backend.name == "native" and self._backend.cost == "packed":
-            self._graphs = graphs.capture(self._backend, config, self._device, progress)
+        if on_gpu:
+            self._compile(texts)
+            if self._backend.name == "native" and self._backend.cost == "packed":
+                self._graphs = graphs.capture(self._backend, config, self._device, progress)
         if config.outputs != ("dense",):
             every = np.array([output_bits(config.outputs)], np.int32)
             self.run(np.zeros(2, np.int32), np.array([2], np.int32), np.array([config.dimension], np.int32), every)
@@ -407,7 +426,7 @@ class Runner:
             self.run_images(np.zeros(size * size * 3, np.uint8), np.array([config.dimension], np.int32))
         if on_gpu:
             # Not on a CPU, where it may take a minute, and the memory of the machine is paged.
-            self._probe_longest()
+            self._try_longest(texts)
         if max_batch_tokens is not None:
             self._max_batch_tokens = max_batch_tokens
             return
@@ -415,23 +434,32 @@ class Runner:
         self._max_batch_tokens = bound.tokens
         progress(f"batches of up to {bound.tokens} tokens: {bound.reason} ({bound.rate:,.0f} tokens/s)")
 
+    def _compile(self, texts: bounds.Texts) -> None:
+        """Run a batch for each of the programs that Triton makes of a kernel, or a request would wait for one."""
+        alone = [texts.of(np.array([length], np.int32)) for length in PROGRAM_LENGTHS if length <= texts.max_tokens]
+        for ids, lengths in [texts.within(bounds.SMALLEST), *alone]:
+            for dimension in (self._config.dimension, 1):
+                self._dense(ids, lengths, dimension)
+
+    def _dense(self, ids: Ints, lengths: Ints, dimension: int) -> Embedded:
+        return self.run(ids, lengths, np.full(len(lengths), dimension, np.int32))
+
     def _probe(self, ids: Ints, lengths: Ints) -> None:
         """Run a batch. Raises CheckpointError if no vector of it is finite."""
-        finite = self.run(ids, lengths, np.full(len(lengths), self._config.dimension, np.int32)).finite
-        if not finite.any():
+        if not self._dense(ids, lengths, self._config.dimension).finite.any():
             raise CheckpointError(
                 f"{self._config.folder}: every vector that the model gives holds a NaN or an infinity; its weights "
                 "are damaged, or its activations overflow the dtype: try --dtype float32"
             )
 
-    def _probe_longest(self) -> None:
-        longest = self._config.max_tokens
+    def _try_longest(self, texts: bounds.Texts) -> None:
+        """Raise DeviceError if the longest text that the model takes does not fit into the memory."""
         try:
-            self._probe(np.zeros(longest, np.int32), np.array([longest], np.int32))
+            self._dense(*texts.of(np.array([texts.max_tokens], np.int32)), self._config.dimension)
         except OutOfMemoryError as error:
             raise DeviceError(
-                f"{self._config.folder.name} takes texts of up to {longest} tokens, and {error}; serve fewer models "
-                "there, or set a smaller max_seq_length in the model's sentence_bert_config.json"
+                f"{self._config.folder.name} takes texts of up to {texts.max_tokens} tokens, and {error}; serve fewer "
+                "models there, or set a smaller max_seq_length in the model's sentence_bert_config.json"
             ) from error
 
 

@@ -95,7 +95,7 @@ def test_images_are_their_reference(models_dir: Path, device: str, dtype: str) -
 def test_filling_a_bucket_changes_no_states(models_dir: Path, model: str) -> None:
     folder = folder_of(model, models_dir)
     runner = load(model, folder, "cpu", "float32")
-    ids = np.random.default_rng(0).integers(0, 100, 50, dtype=np.int32)
+    ids = np.random.default_rng(0).integers(0, runner._config.vocab_size, 50, dtype=np.int32)
     rows = PackedRows.pack(ids, np.array([1, 40, 9], np.int32))
     with torch.inference_mode():
         own, filled = (

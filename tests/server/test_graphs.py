@@ -31,16 +31,17 @@ def runner(folder: Path) -> Runner:
 @pytest.mark.parametrize(
     ("tokens", "rows", "bucket"),
     [
-        (1, 1, Bucket(16, 4)),
-        (16, 1, Bucket(16, 4)),
-        (16, 4, Bucket(16, 4)),
-        # The fourth row would be that of the padding.
-        (15, 4, Bucket(32, 8)),
-        (17, 1, Bucket(32, 8)),
+        (1, 1, Bucket(16, 2)),
+        (16, 2, Bucket(16, 2)),
+        # The second row would be that of the padding.
+        (15, 2, Bucket(32, 4)),
+        (17, 1, Bucket(32, 2)),
+        (17, 2, Bucket(32, 4)),
+        (128, 1, Bucket(128, 2)),
         # Texts so short that a larger bucket has to give the rows.
-        (16, 16, Bucket(96, 24)),
-        (512, 128, Bucket(512, 128)),
-        (511, 128, None),
+        (16, 12, Bucket(128, 16)),
+        (512, 64, Bucket(512, 64)),
+        (511, 64, None),
         (513, 1, None),
     ],
 )
@@ -48,9 +49,10 @@ def test_a_batch_goes_to_the_first_bucket_that_has_room(tokens: int, rows: int, 
     assert bucket_for(BUCKETS, tokens, rows) == bucket
 
 
-def test_at_most_half_of_a_bucket_is_padding() -> None:
+def test_buckets_grow_by_at_most_a_factor_of_two() -> None:
     for smaller, larger in pairwise(BUCKETS):
-        assert larger.tokens <= 2 * smaller.tokens
+        assert smaller.tokens <= larger.tokens <= 2 * smaller.tokens
+        assert smaller.tokens < larger.tokens or smaller.rows < larger.rows
     assert bucket_for({}, 1, 1) is None
 
 
