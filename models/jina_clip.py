@@ -196,10 +196,12 @@ def _qkv(sizes: VisionArchitecture, parts: Parts, name: str) -> Linear:
 
 def _layout(images: int, length: int, device: torch.device) -> Layout:
     """Every image is a row of the same length."""
+    tokens = torch.arange(images * length, dtype=torch.int32, device=device)
     return Layout(
         cu_seqlens=torch.arange(0, (images + 1) * length, length, dtype=torch.int32, device=device),
-        rows=torch.arange(images, dtype=torch.int32, device=device).repeat_interleave(length),
-        positions=torch.arange(length, dtype=torch.int32, device=device).repeat(images),
+        # Not by repeat_interleave, which on some devices waits until the length of its result is known.
+        rows=tokens // length,
+        positions=tokens % length,
         max_seqlen=length,
         runs=((0, images, length),),
     )

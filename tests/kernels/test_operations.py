@@ -15,6 +15,7 @@ from embedserve.kernels.linear import Linear, OneDnnLinear, TorchLinear
 from embedserve.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 ROWS = [1, 5, 123, 1000]
+OPERATIONS = ["linear", "gated", "embed", "layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "norm_rotate"]
 
 
 @pytest.fixture(autouse=True)
@@ -148,3 +149,16 @@ def test_the_cpu_takes_onednn_and_the_override_takes_plain_torch() -> None:
     chosen = dispatch.choose(cpu, torch.float32)
     assert chosen.linear is (OneDnnLinear if OneDnnLinear.available() else TorchLinear)
     assert dispatch.choose(cpu, torch.float32, reference=True) == dispatch.REFERENCE
+
+
+@pytest.mark.parametrize(("capability", "fused"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_gpus_take_the_fused_kernels_from_ampere_on(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], fused: bool, dtype: torch.dtype
+) -> None:
+    pytest.importorskip("triton", reason="Triton is published for Linux alone")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    chosen = dispatch.choose(torch.device("cuda"), dtype)
+    plain = [name for name in OPERATIONS if getattr(chosen, name) is getattr(dispatch.REFERENCE, name)]
+    assert plain == ([] if fused else OPERATIONS)
+    assert dispatch.choose(torch.device("cuda"), dtype, reference=True) == dispatch.REFERENCE

@@ -101,6 +101,21 @@ LOWEST = [
 ]
 
 
+@torch.inference_mode()
+def programs_compiled(folder: Path, first: tuple[int, ...], *others: tuple[int, ...]) -> list[str]:
+    """What Triton compiles for batches of texts of these lengths, after the first of them."""
+    import triton
+
+    config, device, compiled = read_config(folder), torch.device("cuda"), []
+    model = registry.family(config.family)(config, device, torch.float16, dispatch.choose(device, torch.float16))
+    model(on(device, pack(random_texts(first, vocab=config.architecture.vocab_size))))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda *, repr, **_: compiled.append(repr))  # noqa: A006
+        for lengths in others:
+            model(on(device, pack(random_texts(lengths, vocab=config.architecture.vocab_size))))
+    return compiled
+
+
 def lowest_cosine(found: Floats, expected: Floats) -> float:
     products = (found * expected).sum(axis=1)
     return float((products / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)).min())
@@ -121,3 +136,10 @@ def test_a_gpu_gives_the_images_of_plain_torch_and_waits_for_nothing(
     folder = checkpoints.write(checkpoints.JINA_CLIP, tmp_path)
     found = states(folder, dispatch.choose, "cuda", dtype, images=True)
     assert lowest_cosine(found, states(folder, reference, images=True)) > lowest
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_another_batch_asks_for_no_compilation(folder: Path) -> None:
+    # Longest rows of up to 16 tokens: attention may have other programs for longer ones.
+    assert programs_compiled(folder, (1, 5, 2, 5), (1,), (16,), (16, 3), (7,) * 9, (8,) * 16) == []
