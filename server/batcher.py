@@ -197,15 +197,18 @@ class Batcher(Generic[K, T]):
         candidates = [head] if head.suspect else (w for w in self._lines[head.lane].values() if not w.suspect)
         pick = _pick_packed if bound.cost is Cost.PACKED else _pick_alike
         segments = list(pick(candidates, bound.tokens))
-        lengths = [segment.work.texts[text] for segment in segments for text in segment.texts]
 
-        claims = {segment.work: list(segment.texts) for segment in segments}
+        lengths: list[int] = []
+        claims: dict[Work[K, T], list[T]] = {}
         for picker, texts in segments:
+            claims.setdefault(picker, []).extend(texts)
             for text in texts:
+                lengths.append(picker.waiting.pop(text))
                 for work in self._sharers(text, picker):
                     claims.setdefault(work, []).append(text)
-        for work, texts in claims.items():
-            self._count([work.waiting.pop(text) for text in texts], -1)
+                    self._count([work.waiting.pop(text)], -1)
+        self._count(lengths, -1)
+        for work in claims:
             if not work.waiting:
                 self._leave_line(work)
         for segment in segments:
@@ -219,7 +222,8 @@ class Batcher(Generic[K, T]):
         self._batches[batch.id] = batch
         if not batch.alone:
             for segment in segments:
-                self._running.update(dict.fromkeys(segment.texts, batch))
+                for text in segment.texts:
+                    self._running[text] = batch
         return batch
 
     def finish(self, batch_id: int) -> list[Finished[K, T]]:
