@@ -1,159 +1,299 @@
-"""How many tokens a second does the engine embed in process, and how many does sentence-transformers, at its best?
+"""How many tokens a second does the engine embed, how long does a batch take, and what share of the limit is that?
 
-Both take the same texts and tokenise them inside the clock. They run in turns, A B A B, in one process and on the same
-threads; sentence-transformers sorts by length itself and runs at each of several batch sizes, of which the best counts.
-Tokens are counted with the special ones and without padding. Each figure is the median of the rounds, with the lowest
-and highest. Then one text of 16 tokens at a time: the latency of an idle engine.
+No HTTP and no tokenizer: random token ids go through the `Runner` that an engine process has. A cell is a number of
+texts of a length, which come together; as in the server they run in batches within the engine's bound, and a call is
+all of them. Its clock runs around the calls, from arrays on the host to vectors on the host. The limit is the rate of a
+large matrix product on the same device, in the same dtype and run, before and after the cells, of which the higher
+counts; the arithmetic of a token is `shapes.flops_per_token`.
 
-    python -m embedserve.benchmarks.engine
-    python -m embedserve.benchmarks.engine --rounds 9 --kinds short --output -
+    embedserve bench engine --shape bge-large --device cuda --dtype float16 --mix
 
-Ends in one JSON line a kind of text, appended to benchmarks/results/engine.jsonl.
+On CUDA, `device_ms` is the time of all kernels of a call, by torch's profiler, outside of the clock.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import statistics
+import math
+import sys
+import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from embedserve.benchmarks import jsonl, machine
-from embedserve.benchmarks.texts import texts_of, vocabulary
-from embedserve.models.catalog import configure, locate
-from embedserve.server import threads
-from embedserve.server.tokenizer import Tokenizer, Truncate
+from embedserve.benchmarks import bench, jsonl, machine, shapes
+from embedserve.benchmarks.load import percentile
+from embedserve.benchmarks.progress import Progress
+from embedserve.benchmarks.texts import SEED
+from embedserve.models import catalog
+from embedserve.models.config import ModelConfig, read_config
+from embedserve.server import config as server_config
+from embedserve.server import served, threads
+from embedserve.server.config import ServerConfig
 
 threads.set_patience()  # before torch is loaded
 import torch  # noqa: E402
 
 from embedserve.server.runner import Runner  # noqa: E402
 
-RESULTS = jsonl.FOLDER / "engine.jsonl"
-COUNTS = {"short": 384, "mixed": 96, "long": 48}
-"""Texts a round."""
+__all__ = ["Cell", "cells", "main", "matrix_rate", "measure", "pieces"]
+
+Ints = npt.NDArray[np.int32]
+LENGTHS = (16, 32, 128, 256, 512, 2048, 8192)
+BATCHES = (1, 8, 32, "full")
+# Log-normal, as lengths of passages and queries together are: median, and sigma of the logarithm.
+MIX = (64, 1.0)
+# A cell of which one call takes longer than so many times the measured seconds, at the best rate so far, is left out;
+# the first cells are small, and their rates too low by a factor of five.
+PATIENCE = 20.0
 
 
-def embed_all(runner: Runner, tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
-    """Tokenise, cut into batches within the runner's bound in the order of arrival, run."""
-    encoded = tokenizer.encode(texts, Truncate.END, max_total=1 << 30)
-    lengths, ids = np.asarray(encoded.lengths, dtype=np.int32), np.asarray(encoded.ids, dtype=np.int32)
-    dimensions = np.full(len(lengths), runner.info.dimension, dtype=np.int32)
+@dataclass(frozen=True)
+class Model:
+    """What is measured. weights: "checkpoint", or "random" of a shape."""
+
+    name: str
+    weights: str
+    config: ModelConfig
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Texts that come together. length: of each, in tokens; 0 is the mix."""
+
+    length: int
+    rows: int
+
+    def lengths(self, longest: int) -> Ints:
+        """int32 [rows]."""
+        if self.length:
+            return np.full(self.rows, self.length, dtype=np.int32)
+        median, sigma = MIX
+        drawn = np.random.default_rng(SEED).lognormal(math.log(median), sigma, self.rows)
+        return np.clip(drawn, 4, longest).astype(np.int32)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Measure each model; the exit status. Raises ConfigError and ModelError."""
+    settings = server_config.load(vars(options))
+    try:
+        for name in options.shape or settings.model:
+            with opened(name, settings, random=bool(options.shape)) as model:
+                runner = Runner.load(
+                    model.config.folder,
+                    config=model.config,
+                    device=settings.device,
+                    dtype=settings.dtype,
+                    backend=settings.backend,
+                    threads=settings.threads or None,
+                    progress=_tell,
+                )
+                runner.warm_up(_tell, max_batch_tokens=settings.max_batch_tokens or None)
+                if options.against:
+                    from embedserve.benchmarks import against
+
+                    against.measure(model.name, model.config, runner, options)
+                else:
+                    sweep(model, runner, options)
+    except KeyboardInterrupt:
+        return bench.interrupted()
+    return 0
+
+
+@contextmanager
+def opened(name: str, settings: ServerConfig, *, random: bool) -> Iterator[Model]:
+    """The model of a name as `serve` takes it, or a checkpoint of a shape, in a folder that goes with the block."""
+    if not random:
+        served_as, folder = served.locate(name, settings.models_dir)
+        yield Model(served_as.rpartition("/")[2], "checkpoint", catalog.configure(folder, served_as))
+        return
+    with tempfile.TemporaryDirectory(prefix="embedserve-bench-") as parent:
+        folder = Path(parent) / name
+        _tell(f"writing {name} with random weights")
+        shapes.write(folder, shapes.SHAPES[name])
+        yield Model(name, "random", read_config(folder))
+
+
+def cells(lengths: Sequence[int], batches: Sequence[int | str], bound: int, longest: int, *, mix: bool) -> list[Cell]:
+    """The sweep: "full" is as many texts as fit into `bound` tokens. Lengths beyond `longest` are left out."""
+    found = []
+    for length in [each for each in lengths if each <= longest]:
+        rows = {max(1, bound // length) if batch == "full" else int(batch) for batch in batches}
+        found += [Cell(length, count) for count in sorted(rows)]
+    return found + [Cell(0, 256)] * mix
+
+
+def sweep(model: Model, runner: Runner, options: argparse.Namespace) -> None:
+    """Measure all cells and append a line each."""
+    info = runner.info
+    asked = options.lengths or LENGTHS
+    todo = cells(asked, options.batches or BATCHES, info.max_batch_tokens, info.max_tokens, mix=options.mix)
+    for length in asked:
+        if length > info.max_tokens and options.lengths:
+            _tell(f"{length} tokens are left out: {model.name} takes {info.max_tokens}")
+    facts = machine.accelerator(info.device) | {
+        name: getattr(info, name) for name in ("dtype", "backend", "threads", "max_batch_tokens")
+    }
+    if options.resume:
+        done = _done(options.output, model.name, facts)
+        todo = [cell for cell in todo if cell not in done]
+    rate = matrix_rate(info.device, info.dtype)
+    fastest = 0.0
+    with Progress(len(todo)) as progress:
+        progress.print(
+            f"{model.name}, {info.dtype}, {info.device_name}, batches of up to {info.max_batch_tokens} tokens; "
+            f"a matrix product reaches {rate / 1e12:.3g} TFLOP/s"
+        )
+        progress.print(_row("tokens", "texts", "tokens/s", "texts/s", "p50 ms", "p99 ms", "share"))
+        for cell in todo:
+            length = str(cell.length or "mix")
+            progress.step(f"{cell.rows} x {length}")
+            tokens = int(cell.lengths(info.max_tokens).sum())
+            if fastest and tokens / fastest > PATIENCE * options.seconds:
+                progress.print(
+                    _row(length, str(cell.rows)) + f"  left out: a call takes about {tokens / fastest:.0f} s"
+                )
+                progress.step("", 1)
+                continue
+            found = measure(runner, model.config, cell, options.seconds)
+            fastest = max(fastest, found["tokens_per_second"])
+            # Clocks rise and fall: of the rates beside the cells the highest is the limit.
+            rate = max(rate, matrix_rate(info.device, info.dtype, seconds=0.1))
+            share = found["flops"] and round(found["flops"] / found["seconds_a_call"] / rate, 4)
+            line = {
+                "benchmark": "sweep",
+                "model": model.name,
+                "weights": model.weights,
+                "length": cell.length,
+                "texts": cell.rows,
+                **found,
+                "matrix_tflops": round(rate / 1e12, 4),
+                "share_of_matrix_rate": share,
+                "machine": facts,
+            }
+            jsonl.append(line, options.output)
+            rates = (f"{found['tokens_per_second']:,.0f}", f"{found['texts_per_second']:,.0f}")
+            times = (f"{found['p50_ms']:.2f}", f"{found['p99_ms']:.2f}")
+            progress.print(_row(length, str(cell.rows), *rates, *times, f"{share:.1%}" if share else "-"))
+            progress.step("", 1)
+
+
+def _row(*texts: str) -> str:
+    return "".join(f"{text:>{width}}" for text, width in zip(texts, (8, 7, 12, 10, 10, 10, 8), strict=False))
+
+
+def measure(runner: Runner, config: ModelConfig, cell: Cell, seconds: float) -> dict[str, Any]:
+    """Call for `seconds` after a warm-up, at least three times; rates, latencies and arithmetic of a call."""
+    info = runner.info
+    lengths = cell.lengths(info.max_tokens)
+    chance = np.random.default_rng(SEED)
+    # Several inputs in turn, of which no cache can know the next.
+    inputs = [chance.integers(0, config.vocab_size, int(lengths.sum()), dtype=np.int32) for _ in range(4)]
+    batches = list(pieces(lengths, info.max_batch_tokens))
+    dimensions = np.full(len(lengths), info.dimension, dtype=np.int32)
+
+    def call(ids: Ints) -> None:
+        for rows, tokens in batches:
+            runner.run(ids[tokens], lengths[rows], dimensions[rows])
+
+    began = time.perf_counter()
+    for ids in inputs[:2]:
+        call(ids)
+        if time.perf_counter() - began > seconds:
+            break
+    taken: list[float] = []
+    others = machine.Others()
+    started = time.perf_counter()
+    while len(taken) < 3 or time.perf_counter() - started < seconds:
+        ids = inputs[len(taken) % len(inputs)]
+        before = time.perf_counter()
+        call(ids)
+        taken.append(time.perf_counter() - before)
+        # Three long calls are no better than the first.
+        if sum(taken) > 3 * seconds:
+            break
+    mean = sum(taken) / len(taken)
+    flops = [shapes.flops_per_token(config, int(length)) for length in lengths]
+    return {
+        "tokens": int(lengths.sum()),
+        "batches_a_call": len(batches),
+        "calls": len(taken),
+        "tokens_per_second": round(float(lengths.sum()) / mean, 1),
+        "texts_per_second": round(len(lengths) / mean, 2),
+        "seconds_a_call": mean,
+        "p50_ms": round(percentile(taken, 0.5) * 1e3, 4),
+        "p99_ms": round(percentile(taken, 0.99) * 1e3, 4),
+        "device_ms": _device_ms(lambda: call(inputs[0])) if info.device.startswith("cuda") else None,
+        "flops": None if None in flops else sum(f * int(n) for f, n in zip(flops, lengths, strict=True) if f),
+        "cores_used_by_others": others.cores(),
+    }
+
+
+def pieces(lengths: Ints, bound: int) -> Iterator[tuple[slice, slice]]:
+    """Batches of at most `bound` tokens, or of one text, in the order given: their rows and their tokens."""
     ends = np.cumsum(lengths)
-    bound = runner.info.max_batch_tokens
-    vectors = []
     row = 0
     while row < len(lengths):
         start = int(ends[row - 1]) if row else 0
         last = max(row + 1, int(np.searchsorted(ends, start + bound, side="right")))
-        found = runner.run(ids[start : ends[last - 1]], lengths[row:last], dimensions[row:last]).dense
-        vectors.append(found)
+        yield slice(row, last), slice(start, int(ends[last - 1]))
         row = last
-    return np.concatenate(vectors)
 
 
-def timed(run: Callable[[], object]) -> float:
-    """Seconds of one call."""
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+def matrix_rate(device: str, dtype: str, seconds: float = 1.0) -> float:
+    """FLOP/s of a large square matrix product: the fastest of those that fit into `seconds`, after a first one."""
+    place, kind = torch.device(device), getattr(torch, dtype)
+    # Large enough that reading is hidden: 8192 reached the highest rate on Hopper in what others have published, and
+    # 2048 takes a tenth of a second on two cores.
+    size = 8192 if place.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=place, dtype=kind) for _ in range(2))
+    out = torch.empty_like(a)
+    runs = 10 if place.type == "cuda" else 1
+
+    def product() -> float:
+        started = time.perf_counter()
+        for _ in range(runs):
+            torch.mm(a, b, out=out)
+        if place.type == "cuda":
+            torch.cuda.synchronize(place)
+        return (time.perf_counter() - started) / runs
+
+    product()
+    started, fastest = time.perf_counter(), product()
+    while time.perf_counter() - started < seconds:
+        fastest = min(fastest, product())
+    return 2.0 * size**3 / fastest
 
 
-def main() -> None:
-    """Run the comparison and write its lines."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--model", default="all-MiniLM-L6-v2", help="a name of the catalogue, or a folder")
-    parser.add_argument("--models-dir", type=Path, default=None, help="where the models' folders lie")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", default="auto", help="of the engine; the reference has the same")
-    parser.add_argument("--threads", type=int, default=None, help="of the CPU; all that there are if not given")
-    parser.add_argument("--kinds", nargs="+", choices=[*COUNTS, "one"], default=[*COUNTS, "one"], help="of texts")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each side")
-    parser.add_argument("--scale", type=float, default=1.0, help="times the number of texts a round")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 32, 128], help="of sentence-transformers")
-    parser.add_argument("--output", default=str(RESULTS), help="file that the lines are appended to, - for none")
-    options = parser.parse_args()
-
-    from sentence_transformers import SentenceTransformer
-
-    given = Path(options.model)
-    folder = given if given.is_dir() else locate(options.model, options.models_dir)
-    config = configure(folder, options.model)
-    tokenizer = Tokenizer.load(
-        folder / "tokenizer.json",
-        max_tokens=config.max_tokens,
-        lower_case=config.do_lower_case,
-        bert_normalizer=config.bert_normalizer,
-    )
-    # Off by our tokenizer, which brings its own threads; sentence-transformers is faster with it.
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    # Both on this thread and its OpenMP workers, which therefore are not pinned, as the engine process pins its own:
-    # with workers of two threads in one process, libgomp would let all of them wait less patiently.
-    runner = Runner.load(
-        folder, config=config, device=options.device, dtype=options.dtype, threads=options.threads, progress=print
-    )
-    runner.warm_up(print)
-    dtype = getattr(torch, runner.info.dtype)
-    reference = SentenceTransformer(str(folder), device=options.device, model_kwargs={"dtype": dtype})
-    words = vocabulary(folder)
-
-    for kind in options.kinds:
-        texts = ["the quick brown fox jumps over a lazy dog near the old river bank"]
-        if kind != "one":
-            texts = texts_of(kind, max(1, round(COUNTS[kind] * options.scale)), words)
-        tokens = int(np.asarray(tokenizer.encode(texts, Truncate.END, max_total=1 << 30).lengths).sum())
-        # Latency needs many short calls, a rate few long ones.
-        repeats = 30 if kind == "one" else 1
-        sides: dict[str, Callable[[], object]] = {"engine": partial(embed_all, runner, tokenizer, texts)}
-        for size in [1] if kind == "one" else options.batch_sizes:
-            sides[f"sentence-transformers, {size} a batch"] = partial(
-                reference.encode, texts, batch_size=size, show_progress_bar=False
-            )
-        difference = float(np.abs(np.asarray(sides["engine"]()) - reference.encode(texts)).max())
-        for run in sides.values():
-            run()
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
-        others = machine.Others()
-        for _ in range(options.rounds):
-            for name, run in sides.items():
-                seconds[name].append(statistics.median(timed(run) for _ in range(repeats)))
-        cores_used_by_others = others.cores()
-        best = min((name for name in sides if name != "engine"), key=lambda name: statistics.median(seconds[name]))
-        # Each round is a pair taken next to each other in time, so its ratio does not see a machine that slows down.
-        ratios = [theirs / ours for ours, theirs in zip(seconds["engine"], seconds[best], strict=True)]
-        line = {
-            "benchmark": "engine",
-            "model": Path(options.model).name,
-            "texts": kind,
-            "count": len(texts),
-            "tokens": tokens,
-            "rounds": options.rounds,
-            "engine_times_reference": jsonl.spread(ratios, 2),
-            "best_reference": best,
-            "largest_difference": difference,
-            # What else ran on the machine, in cores: above a few hundredths the absolute figures are too low.
-            "cores_used_by_others": cores_used_by_others,
-        }
-        if kind == "one":
-            line["milliseconds"] = {name: jsonl.spread([s * 1e3 for s in taken], 2) for name, taken in seconds.items()}
-        else:
-            line["tokens_per_second"] = {
-                name: jsonl.spread([tokens / s for s in taken], 0) for name, taken in seconds.items()
-            }
-        line["machine"] = machine.accelerator(options.device) | {
-            name: getattr(runner.info, name) for name in ("threads", "dtype", "max_batch_tokens")
-        }
-        print(json.dumps(line))
-        jsonl.append(line, options.output)
+def _device_ms(call: Callable[[], None]) -> float:
+    """Milliseconds that the kernels of a call take, whichever stream they run on; the mean of three calls."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiled:
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize()
+    return round(sum(float(event.self_device_time_total) for event in profiled.key_averages()) / 3e3, 4)
 
 
-if __name__ == "__main__":
-    main()
+def _done(file: Path, name: str, facts: dict[str, Any]) -> set[Cell]:
+    """The cells that a file has of this model on this device."""
+    if not file.exists():
+        return set()
+    same = ("device", "dtype", "backend")
+    return {
+        Cell(line["length"], line["texts"])
+        for line in jsonl.read(file)
+        if line.get("benchmark") == "sweep"
+        and line["model"] == name
+        and all(line["machine"].get(key) == facts[key] for key in same)
+    }
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

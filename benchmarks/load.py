@@ -1,8 +1,10 @@
-"""HTTP load on an OpenAI-shaped embeddings API: a client that costs little, and a stub to measure how little.
+"""HTTP load on an OpenAI-shaped embeddings API: a client that costs little.
 
 Requests are bytes before the clock starts, connections are open before it starts and stay open, an answer is parsed by
-C and its body only searched for the token count. What the client itself takes is measured against `Stub`, a process
-that answers with a constant of the right size at once.
+C and its body only searched for the token count. What the client itself takes is measured against `stub.Stub`.
+
+Whatever a server does becomes a sample: a refusal, a hang, a body that is no answer. None of them ends the load, and a
+client that met one waits a little, so that a server which refuses at once is not asked a hundred thousand times.
 
 Two ways of asking. `closed_loop`: N clients, each waiting for its answer before it asks again: the rate a server gives
 to N callers. `open_loop`: requests leave at times drawn beforehand, whether or not earlier ones were answered, and
@@ -16,18 +18,14 @@ import asyncio
 import gc
 import json
 import math
-import multiprocessing
 import random
 import re
 import selectors
-import signal
-import socket
 import ssl
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import Connection as Pipe
 from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
@@ -38,10 +36,10 @@ __all__ = [
     "Request",
     "Round",
     "Sample",
-    "Stub",
     "Target",
     "ask_once",
     "closed_loop",
+    "get",
     "open_loop",
     "percentile",
     "poisson_schedule",
@@ -49,6 +47,10 @@ __all__ = [
 
 # An open loop does not open more: beyond it the requests wait at the client, with their clocks running.
 MAX_CONNECTIONS = 512
+# Seconds that a client waits after a request that failed.
+ERROR_PAUSE = 0.05
+# Bytes of an answer. 2048 vectors of 4096 numbers, in digits, take 170 MB.
+LARGEST_ANSWER = 1 << 28
 T = TypeVar("T")
 _PROMPT_TOKENS = re.compile(rb'"prompt_tokens"\s*:\s*(\d+)')
 
@@ -72,7 +74,7 @@ def poisson_schedule(rate: float, seconds: float, seed: int | str) -> list[float
 
 @dataclass(frozen=True)
 class Request:
-    """One request as it goes over the wire, and how many texts are in it."""
+    """One request as it goes over the wire, and how many texts are in it; 0 where it does not ask for vectors."""
 
     data: bytes
     texts: int
@@ -163,9 +165,18 @@ class Target:
             f"Content-Length: {len(body)}",
             "Accept: application/json",
         ]
+        return Request(self._head(head) + body, len(texts))
+
+    def get(self, path: str) -> Request:
+        """GET a path below the URL."""
+        split = urlsplit(self.url)
+        head = [f"GET {split.path.rstrip('/')}{path} HTTP/1.1", f"Host: {split.netloc.rpartition('@')[2]}"]
+        return Request(self._head(head), 0)
+
+    def _head(self, lines: list[str]) -> bytes:
         if self.key:
-            head.append(f"Authorization: Bearer {self.key}")
-        return Request(("\r\n".join(head) + "\r\n\r\n").encode() + body, len(texts))
+            lines = [*lines, f"Authorization: Bearer {self.key}"]
+        return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
 
 class _Exchange(asyncio.Protocol):
@@ -177,6 +188,7 @@ class _Exchange(asyncio.Protocol):
         self._answer: asyncio.Future[tuple[int, bytes, float]] | None = None
         self._parser: Any = None
         self._body: list[bytes] = []
+        self._size = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's is none by its class.
@@ -188,6 +200,10 @@ class _Exchange(asyncio.Protocol):
             self._answer.set_exception(exc or ConnectionResetError("closed without an answer"))
 
     def data_received(self, data: bytes) -> None:
+        if self._parser is None:
+            # An answer before the question.
+            self.close()
+            return
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
@@ -199,6 +215,11 @@ class _Exchange(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         self._body.append(body)
+        self._size += len(body)
+        if self._size > LARGEST_ANSWER:
+            if self._answer and not self._answer.done():
+                self._answer.set_exception(OverflowError(f"an answer of more than {LARGEST_ANSWER} bytes"))
+            self.close()
 
     def on_message_complete(self) -> None:
         finished = time.perf_counter()
@@ -210,7 +231,9 @@ class _Exchange(asyncio.Protocol):
     def send(self, data: bytes) -> asyncio.Future[tuple[int, bytes, float]]:
         """Write a request. The future holds status, body and the time at which the last byte came."""
         assert self._transport is not None
-        self._body = []
+        if self.closed:
+            raise ConnectionResetError("closed before it was asked")
+        self._body, self._size = [], 0
         self._parser = httptools.HttpResponseParser(self)
         self._answer = asyncio.get_running_loop().create_future()
         self._transport.write(data)
@@ -244,7 +267,9 @@ class _Connections:
         return exchange
 
     async def prepare(self, count: int) -> None:
-        self._free += await asyncio.gather(*(self.open() for _ in range(count)))
+        """Open connections beforehand; those that cannot be opened are tried again by the requests."""
+        opened = await asyncio.gather(*(self.open() for _ in range(count)), return_exceptions=True)
+        self._free += [each for each in opened if isinstance(each, _Exchange)]
 
     async def post(self, request: Request, due: float | None = None) -> tuple[Sample, bytes]:
         """Send and wait for the answer, on a free connection or a new one. due: as the clock of latency starts."""
@@ -264,25 +289,37 @@ class _Connections:
                     raise
                 if not exchange.closed:
                     self._free.append(exchange)
-            except (OSError, TimeoutError, httptools.HttpParserError) as caught:
+            except (OSError, TimeoutError, OverflowError, httptools.HttpParserError) as caught:
                 finished = time.perf_counter()
                 error = type(caught).__name__
+        # Near the beginning in every order of the fields but one, whose `usage` comes first.
+        if status == 200 and request.texts and b'"embedding"' not in body[:4096]:
+            status, error = 0, "200 without embeddings"
         # Most servers write the usage last.
         found = _PROMPT_TOKENS.search(body, max(0, len(body) - 512)) or _PROMPT_TOKENS.search(body)
         tokens = int(found[1]) if found else 0
         return Sample(sent if due is None else due, sent, finished, status, request.texts, tokens, error), body
 
-    def close(self) -> None:
+    async def close(self) -> None:
         for exchange in self._all:
             exchange.close()
+        # They end in the loop's next turn, and the loop may end before it.
+        await asyncio.sleep(0)
 
 
 def closed_loop(
-    target: Target, requests: Sequence[Request], clients: int, *, timeout: float, within: float, pause: float = 0.0
+    target: Target,
+    requests: Sequence[Request],
+    clients: int,
+    *,
+    timeout: float,
+    within: float,
+    pause: float = 0.0,
+    seconds: float = math.inf,
 ) -> Round:
     """All requests, each once, from `clients` that each wait for an answer before the next, and `pause` seconds more.
 
-    timeout: of each request, in seconds. within: of all of it; raises TimeoutError.
+    timeout: of each request, in seconds. within: of all of it; raises TimeoutError. seconds: none is sent after them.
     """
 
     async def load() -> Round:
@@ -295,16 +332,19 @@ def closed_loop(
             for request in waiting:
                 sample, _ = await connections.post(request)
                 samples.append(sample)
-                if pause:
-                    await asyncio.sleep(pause)
+                if time.perf_counter() >= until:
+                    return
+                if pause or sample.status != 200:
+                    await asyncio.sleep(pause or ERROR_PAUSE)
 
         try:
             with _undisturbed():
                 cpu, started = time.process_time(), time.perf_counter()
+                until = started + seconds
                 await asyncio.gather(*(client() for _ in range(clients)))
                 cpu = time.process_time() - cpu
         finally:
-            connections.close()
+            await connections.close()
         return Round(samples, max(sample.finished for sample in samples) - started, cpu)
 
     return _run(load(), uvloop.new_event_loop, within)
@@ -344,7 +384,7 @@ def open_loop(
         finally:
             for task in tasks:
                 task.cancel()
-            connections.close()
+            await connections.close()
         return Round(samples, max(sample.finished for sample in samples) - started, cpu)
 
     # epoll and libuv wait in whole milliseconds, select() in microseconds.
@@ -352,15 +392,25 @@ def open_loop(
 
 
 def ask_once(target: Target, texts: Sequence[str], *, timeout: float) -> tuple[int, bytes]:
-    """One request. Status (0 without an answer) and body."""
+    """One request. Status (0 without an answer) and body, or what went wrong."""
+    return _ask(target, target.request(texts), timeout)
 
+
+def get(target: Target, path: str, *, timeout: float) -> tuple[int, bytes]:
+    """GET a path below the target's URL, as `ask_once`."""
+    return _ask(target, target.get(path), timeout)
+
+
+def _ask(target: Target, request: Request, timeout: float) -> tuple[int, bytes]:
     async def ask() -> tuple[int, bytes]:
         connections = _Connections(target, timeout)
         try:
-            sample, body = await connections.post(target.request(texts))
+            sample, body = await connections.post(request)
         finally:
-            connections.close()
-        return sample.status, body or sample.error.encode()
+            await connections.close()
+        if sample.status:
+            return sample.status, body
+        return 0, sample.error.encode() + (b": " + body if body else b"")
 
     return _run(ask(), uvloop.new_event_loop, 2 * timeout)
 
@@ -385,83 +435,3 @@ def _undisturbed() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-class Stub:
-    """A process that answers every request with a constant, at once. Use it with `with`.
-
-    Its answer has as many vectors as the first part of the path says, so that reading it costs what a real one does.
-    """
-
-    def __init__(self, dimension: int) -> None:
-        ours, theirs = multiprocessing.Pipe()
-        self._pipe = ours
-        # Spawned, not forked: a new process has none of this one's threads and files.
-        context = multiprocessing.get_context("spawn")
-        self._process = context.Process(target=_serve_stub, args=(theirs, dimension), daemon=True)
-        self._process.start()
-        theirs.close()
-        if not ours.poll(30):
-            self.__exit__()
-            raise RuntimeError("the stub server did not start within 30 s")
-        self._port = ours.recv()
-
-    def __enter__(self) -> Stub:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pipe.close()
-        self._process.terminate()
-        self._process.join(10)
-
-    def target(self, texts: int, encoding_format: str = "base64") -> Target:
-        """Where requests of this many texts are answered."""
-        return Target(f"http://127.0.0.1:{self._port}/{texts}", "stub", encoding_format=encoding_format)
-
-
-class _StubConnection(asyncio.Protocol):
-    _length = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
-
-    def __init__(self, dimension: int, answers: dict[bytes, bytes]) -> None:
-        self._dimension, self._answers = dimension, answers
-        self._received = b""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-
-    def data_received(self, data: bytes) -> None:
-        self._received += data
-        end = self._received.find(b"\r\n\r\n")
-        found = self._length.search(self._received, 0, end) if end >= 0 else None
-        if found and len(self._received) >= end + 4 + int(found[1]):
-            self._transport.write(self._answer(self._received.split(b"/", 2)[1]))
-            self._received = b""
-
-    def _answer(self, texts: bytes) -> bytes:
-        floats = b'"float"' in self._received[-40:]
-        key = texts + b" floats" * floats
-        if key not in self._answers:
-            vector: object = [0.0123456789] * self._dimension if floats else "A" * math.ceil(self._dimension * 16 / 3)
-            rows = [{"object": "embedding", "index": row, "embedding": vector} for row in range(int(texts))]
-            usage = {"prompt_tokens": len(rows), "total_tokens": len(rows)}
-            body = json.dumps({"object": "list", "data": rows, "model": "stub", "usage": usage}).encode()
-            head = f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-            self._answers[key] = head.encode() + body
-        return self._answers[key]
-
-
-def _serve_stub(pipe: Pipe, dimension: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    async def serve() -> None:
-        loop = asyncio.get_running_loop()
-        answers: dict[bytes, bytes] = {}
-        listener = socket.create_server(("127.0.0.1", 0))
-        await loop.create_server(lambda: _StubConnection(dimension, answers), sock=listener)
-        over = asyncio.Event()
-        # Readable when the other end is closed, by whatever end of that process.
-        loop.add_reader(pipe.fileno(), over.set)
-        pipe.send(listener.getsockname()[1])
-        await over.wait()
-
-    _run(serve(), uvloop.new_event_loop)

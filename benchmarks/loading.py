@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import subprocess
@@ -24,107 +23,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from embedserve.benchmarks import jsonl, machine
+from embedserve.benchmarks import jsonl, machine, shapes
 
 RESULTS = jsonl.FOLDER / "loading.jsonl"
 
-BERT_BASE: dict[str, Any] = {
-    "architectures": ["BertModel"],
-    "hidden_act": "gelu",
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "max_position_embeddings": 512,
-    "model_type": "bert",
-    "num_attention_heads": 12,
-    "num_hidden_layers": 12,
-    "type_vocab_size": 2,
-    "vocab_size": 30522,
-}
-QWEN3_0_6B: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "max_position_embeddings": 32768,
-    "model_type": "qwen3",
-    "num_attention_heads": 16,
-    "num_hidden_layers": 28,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000,
-    "vocab_size": 151669,
-}
 SHAPES = {
-    "bge-base": (BERT_BASE, "float32"),
-    "bge-base, stored in half": (BERT_BASE, "float16"),
-    "Qwen3-Embedding-0.6B": (QWEN3_0_6B, "bfloat16"),
+    "bge-base": ("bge-base", "float32"),
+    "bge-base, stored in half": ("bge-base", "float16"),
+    "Qwen3-Embedding-0.6B": ("qwen3-0.6b", "bfloat16"),
 }
-"""config.json, and the dtype that the weights are stored in."""
-
-
-def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The tensors of a checkpoint with this config.json."""
-    width, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    shapes: dict[str, tuple[int, ...]] = {}
-    if config["model_type"] == "qwen3":
-        head, queries, kv = config["head_dim"], config["num_attention_heads"], config["num_key_value_heads"]
-        shapes |= {"embed_tokens.weight": (vocabulary, width), "norm.weight": (width,)}
-        layer = {
-            "input_layernorm": (width,),
-            "self_attn.q_proj": (queries * head, width),
-            "self_attn.k_proj": (kv * head, width),
-            "self_attn.v_proj": (kv * head, width),
-            "self_attn.o_proj": (width, queries * head),
-            "self_attn.q_norm": (head,),
-            "self_attn.k_norm": (head,),
-            "post_attention_layernorm": (width,),
-            "mlp.gate_proj": (inner, width),
-            "mlp.up_proj": (inner, width),
-            "mlp.down_proj": (width, inner),
-        }
-        for index in range(config["num_hidden_layers"]):
-            shapes |= {f"layers.{index}.{name}.weight": shape for name, shape in layer.items()}
-        return shapes
-    for name, rows in (
-        ("word", vocabulary),
-        ("position", config["max_position_embeddings"]),
-        ("token_type", config["type_vocab_size"]),
-    ):
-        shapes[f"embeddings.{name}_embeddings.weight"] = (rows, width)
-    linears = {
-        "attention.self.query": (width, width),
-        "attention.self.key": (width, width),
-        "attention.self.value": (width, width),
-        "attention.output.dense": (width, width),
-        "attention.output.LayerNorm": (width,),
-        "intermediate.dense": (inner, width),
-        "output.dense": (width, inner),
-        "output.LayerNorm": (width,),
-    }
-    named = {"embeddings.LayerNorm": (width,)} | {
-        f"encoder.layer.{index}.{name}": shape
-        for index in range(config["num_hidden_layers"])
-        for name, shape in linears.items()
-    }
-    for name, shape in named.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    return shapes
-
-
-def write_checkpoint(folder: Path, config: dict[str, Any], stored: str) -> None:
-    """Write config.json and model.safetensors with random weights of the dtype `stored`."""
-    import torch
-    from safetensors.torch import save_file
-
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        name: torch.empty(shape, dtype=getattr(torch, stored)).normal_(std=0.02, generator=generator)
-        for name, shape in tensor_shapes(config).items()
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    save_file(tensors, folder / "model.safetensors")
+"""The shape, and the dtype that the weights are stored in."""
 
 
 def measure(folder: Path, device: str, dtype: str) -> dict[str, Any]:
@@ -172,10 +80,7 @@ def _load(folder: Path, device_name: str, dtype_name: str) -> dict[str, Any]:
     before = _resident()
     model = NativeBackend(config, device, dtype)
     after = _resident()
-    values = sum(
-        math.prod(shape) for shape in tensor_shapes(json.loads((folder / "config.json").read_bytes())).values()
-    )
-    weights = values * dtype.itemsize
+    weights = shapes.parameters(json.loads((folder / "config.json").read_bytes())) * dtype.itemsize
     assert model  # it lives until here
     return {
         "weights": weights,
@@ -202,9 +107,9 @@ def main() -> None:
         return
 
     for shape in options.shapes:
-        config, stored = SHAPES[shape]
+        name, stored = SHAPES[shape]
         with tempfile.TemporaryDirectory() as folder:
-            write_checkpoint(Path(folder), config, stored)
+            shapes.write(Path(folder), shapes.SHAPES[name], stored=stored)
             report = measure(Path(folder), options.device, options.dtype)
         line = {"benchmark": "loading", "shape": shape, "stored": stored, **report}
         line["machine"] = machine.accelerator(options.device) | {

@@ -7,11 +7,16 @@ import random
 import re
 from pathlib import Path
 
-__all__ = ["SEED", "WORDS", "texts_of", "vocabulary"]
+__all__ = ["SEED", "WORDS", "common_words", "texts_of", "vocabulary"]
 
 SEED = 20261121
 # Words of a text, from and to.
 WORDS = {"short": (4, 16), "mixed": (4, 230), "long": (180, 240), "one": (14, 14)}
+
+
+def common_words() -> list[str]:
+    """2048 of the most common English words, which come with the package: each is one token of BERT's vocabulary."""
+    return Path(__file__).with_name("words.txt").read_text(encoding="ascii").split()
 
 
 def vocabulary(folder: Path) -> list[str]:
@@ -23,8 +28,8 @@ def vocabulary(folder: Path) -> list[str]:
     return sorted(token for token in tokens if re.fullmatch("[a-z]{2,}", token))
 
 
-def texts_of(kind: str, count: int, words: list[str], seed: int | str = SEED) -> list[str]:
-    """`count` texts of random words, their lengths spread evenly between the kind's bounds."""
-    lowest, highest = WORDS[kind]
+def texts_of(kind: str | tuple[int, int], count: int, words: list[str], seed: int | str = SEED) -> list[str]:
+    """`count` texts of random words, their lengths spread evenly between the kind's bounds, or the bounds given."""
+    lowest, highest = WORDS[kind] if isinstance(kind, str) else kind
     chance = random.Random(seed)
     return [" ".join(chance.choices(words, k=chance.randint(lowest, highest))) for _ in range(count)]

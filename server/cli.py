@@ -35,6 +35,7 @@ Serve embedding models behind OpenAI's embeddings API.
   embedserve serve --model BAAI/bge-base-en-v1.5 --models-dir /srv/models
   embedserve models                           what can be served
   embedserve selftest BAAI/bge-base-en-v1.5   whether it gives the vectors that it should
+  embedserve bench http http://127.0.0.1:8000/v1   how fast it answers; `bench engine` measures without HTTP
 
 Into a network without access to the hub:
 
@@ -201,6 +202,23 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+# -------------------------------------------------------------------------------------------------------------- bench
+
+# Imported when asked for: the tool is the one package that stands above this one.
+
+
+def _bench_options(parser: argparse.ArgumentParser) -> None:
+    from embedserve.benchmarks import bench
+
+    bench.add_options(parser)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from embedserve.benchmarks import bench
+
+    return bench.run(options)
+
+
 # ----------------------------------------------------------------------------------------- models for closed networks
 
 
@@ -314,6 +332,7 @@ COMMANDS = {
     "selftest": Command(
         "compare a model's vectors with published ones", _selftest_options, _selftest, _SELFTEST_EPILOG
     ),
+    "bench": Command("measure throughput and latency, here or over HTTP", _bench_options, _bench),
     "export": Command("make an ONNX graph of a model", _export_options, _export, _EXPORT_EPILOG),
     "pull": Command("get a model from the Hugging Face hub", _pull_options, _pull),
     "convert": Command("turn a folder's pickled weights into safetensors", _convert_options, _convert),

@@ -1,4 +1,4 @@
-"""The arithmetic of the load benchmark, against a stub: no figure is asserted, only what it is counted from."""
+"""The client of the load and its arithmetic, against a stub: no figure is asserted, only what it is counted from."""
 
 import asyncio
 import itertools
@@ -7,16 +7,13 @@ import statistics
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
-from embedserve.benchmarks.http_load import SCENARIOS, Run, main, ratios
 from embedserve.benchmarks.jsonl import spread
 from embedserve.benchmarks.load import (
     Round,
     Sample,
-    Stub,
     Target,
     ask_once,
     closed_loop,
@@ -24,6 +21,9 @@ from embedserve.benchmarks.load import (
     percentile,
     poisson_schedule,
 )
+from embedserve.benchmarks.parties import Scenario
+from embedserve.benchmarks.rounds import ratios
+from embedserve.benchmarks.stub import Stub
 from embedserve.benchmarks.texts import WORDS, texts_of
 
 LIMITS = {"timeout": 10.0, "within": 30.0}
@@ -56,7 +56,7 @@ class Gate:
             await self.open.wait()
             self.waiting -= 1
             # Chunked, as proxies answer.
-            body = b'{"usage": {"prompt_tokens": 7}}'
+            body = b'{"data": [{"embedding": ""}], "usage": {"prompt_tokens": 7}}'
             head = f"HTTP/1.1 {self.status}\r\ntransfer-encoding: chunked\r\n\r\n{len(body):x}\r\n".encode()
             writer.write(head + body + b"\r\n0\r\n\r\n")
 
@@ -208,33 +208,11 @@ def test_texts_are_the_same_for_the_same_seed_and_within_their_bounds() -> None:
     assert texts_of("short", 5, words, "round 1") != texts_of("short", 5, words, "round 2")
 
 
-def test_run_compares_two_servers_and_appends_a_line_a_scenario(
-    stub: Stub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The stub has no vectors to compare, and the model's vocabulary is not needed here.
-    monkeypatch.setattr(Run, "_compare_vectors", lambda *_: None)
-    monkeypatch.setattr("embedserve.benchmarks.http_load.vocabulary", lambda _: ["river", "stone"])
-    monkeypatch.setattr("embedserve.benchmarks.http_load.locate", lambda *_: tmp_path)
-    output = tmp_path / "http.jsonl"
-    url = stub.target(1).url
-    what = ["--scenarios", "single", "open", "--rounds", "2", "--scale", "0.1", "--rate", "50", "--open-seconds", "0.2"]
-    status = main([f"a={url}", f"b={url}", "--model", "any", *what, "--output", str(output)])
-    assert status == 0
-    single, open_ = (json.loads(line) for line in output.read_text().splitlines())
-    assert (single["scenario"], single["loop"], single["rounds"]) == ("single", "closed", 2)
-    assert set(single["parties"]) == {"a", "b"}
-    assert set(single["times_better"]) == {"a / b"}
-    assert single["parties"]["a"]["errors"] == {}
-    assert (open_["loop"], open_["parties"]["b"]["rate"], open_["times_better"]) == ("open", 50, {})
-    assert {"cpu", "cores", "memory_gib", "python"} <= set(single["machine"])
-    assert "a / b" in capsys.readouterr().out
-
-
 def test_ratios_are_taken_inside_each_round() -> None:
     def rounds(*texts_per_second: float) -> list[Round]:
         return [Round([sample(0.0, 1.0)], 1 / rate, 0.0) for rate in texts_per_second]
 
     # The machine became four times slower between the rounds; their relation did not change.
     figures = {"ours": rounds(400, 100), "theirs": rounds(200, 50)}
-    found = ratios(SCENARIOS[0], figures)
+    found = ratios(Scenario("any", "short", clients=4, size=1), figures)
     assert found == {"ours / theirs": {"median": 2.0, "lowest": 2.0, "highest": 2.0}}
