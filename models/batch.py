@@ -90,9 +90,9 @@ class PackedRows:
         cu_seqlens = np.full(rows + 1, tokens, dtype=np.int32)
         cu_seqlens[: own + 1] = self.cu_seqlens
         return PackedRows(
-            ids=np.pad(self.ids, (0, padding)),
+            ids=np.concatenate([self.ids, np.zeros(padding, dtype=np.int32)]),
             positions=np.concatenate([self.positions, np.arange(padding, dtype=np.int32)]),
-            rows=np.pad(self.rows, (0, padding), constant_values=own),
+            rows=np.concatenate([self.rows, np.full(padding, own, dtype=np.int32)]),
             lengths=np.diff(cu_seqlens),
             cu_seqlens=cu_seqlens,
             order=self.order,

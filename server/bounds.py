@@ -125,10 +125,10 @@ def choose(samples: Mapping[int, Sample], *, longest_s: float, memory: int | Non
 
 
 def _fitting(samples: Mapping[int, Sample], memory: int | None) -> float:
-    """The bound at which a batch takes all the memory: the line through the two largest samples."""
-    if memory is None or len(samples) < 2:
+    """The bound at which a batch takes all the memory: by the line through the two largest samples, or zero and one."""
+    if memory is None:
         return math.inf
-    (_, one), (size, other) = sorted(samples.items())[-2:]
+    (_, one), (size, other) = [(0, Sample(0, 0.0, 0)), *sorted(samples.items())][-2:]
     a_token = (other.peak - one.peak) / (other.tokens - one.tokens)
     return size + (memory - other.peak) / a_token if a_token > 0 else math.inf
 

@@ -51,6 +51,9 @@ def test_memory_decides_where_it_is_least() -> None:
     bound = choose(taken, longest_s=0.020, memory=4 << 20)
     assert (bound.tokens, bound.reason) == (2048, "twice as many do not fit into the device's memory")
     assert "were not tried" in choose(taken, longest_s=0.020, memory=8 << 20).reason
+    # One batch is enough to know.
+    bound = choose(samples([0.0010], bytes_a_token=1 << 10), longest_s=0.020, memory=300 << 10)
+    assert (bound.tokens, bound.reason) == (256, "twice as many do not fit into the device's memory")
 
 
 @given(st.integers(256, 1 << 14), st.integers(1, 512), st.sampled_from(["packed", "padded"]))

@@ -18,6 +18,7 @@ from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from embedserve.models import registry
 from embedserve.models.backend import Backend
 from embedserve.models.batch import Ints, PackedBatch
 from embedserve.models.catalog import locate
@@ -238,9 +239,8 @@ def test_info_says_what_it_runs_on(runner: Runner) -> None:
         ({"device": "tpu"}, "'tpu' is unknown"),
         ({"device": "cuda:x"}, "'cuda:x' is unknown"),
         ({"device": "cpu:1"}, "'cpu:1' is unknown"),
-        ({"device": "cpu", "dtype": "float16"}, "float16 on the CPU is not supported"),
-        ({"device": "cpu", "dtype": "bfloat16"}, "bfloat16 on the CPU is not supported"),
-        ({"device": "cpu", "dtype": "int8"}, "'int8' is unknown"),
+        ({"device": "cpu", "dtype": "float16"}, "float16 on the CPU: it is slower than float32"),
+        ({"device": "cpu", "dtype": "int4"}, "'int4' is unknown"),
         ({"device": "cpu", "threads": 0}, "threads 0"),
     ],
 )
@@ -258,6 +258,18 @@ def test_a_gpu_that_is_not_there_is_an_error_and_no_silent_cpu(folder: Path) -> 
 def test_an_unknown_backend_is_refused(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="unknown backend 'onnxx'"):
         Runner.load(folder, device="cpu", backend="onnxx")
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(name: str) -> Callable[..., Backend]:
+        def load(*_: object) -> Backend:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+        return load
+
+    monkeypatch.setattr(registry, "backend", fails)
+    with pytest.raises(DeviceError, match=f"{folder.name} as float32 does not fit into the memory of cpu; serve fewer"):
+        Runner.load(folder, device="cpu")
 
 
 @pytest.mark.parametrize(("pinned", "turns"), [(False, "1000"), (True, "20000")])
