@@ -21,7 +21,11 @@ The way of a request:
       batcher.py    the queue's rules
       metrics.py    the counters
     engine.py       a process for each device: pulls batches
-      runner.py     owns the device: token ids or pixels → vectors
+      runner.py     a model on the device: token ids or pixels → vectors
+        device.py   which device and dtype
+        staging.py  arrays to the device and back, two batches under way
+        graphs.py   CUDA graphs of small batches
+        bounds.py   how many tokens a batch may have
       threads.py    the CPU's threads
     client.py, encode.py        arrays → response
 
