@@ -27,8 +27,9 @@ from embedserve.kernels.tiles_triton import row_of_tile, tiles
 _LARGEST_HEAD_DIM = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LOG2_E = tl.constexpr(1.4426950408889634)
-# Of float32, on tensor cores: a product of three of TF32's, whose error is float32's own. Without them ("ieee"), ptxas
-# spills up to 1.9 KB a thread of the tiles below on Hopper; with them at most 0.1. Half precision does not look at it.
+# Of float32, on tensor cores: three products of TF32's, whose error together is of float32's size. With plain
+# multiply-adds ("ieee") ptxas spills 1.9 KB a thread on Hopper for the tiles below and head_dim 128, with these 24 bytes. Half
+# precision does not look at it.
 _PRECISION = tl.constexpr("tf32x3")
 
 
@@ -91,7 +92,7 @@ def _see(  # type: ignore[no-untyped-def]
 
 
 # Not specialised by what changes from batch to batch, or requests would wait for the compiler after the warm-up.
-@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["cu_seqlens"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["slopes", "cu_seqlens"])  # type: ignore[untyped-decorator]
 def _forward(  # type: ignore[no-untyped-def]
     q,
     k,

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,23 @@ def test_what_it_cannot_do_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         attended(torch.randn(5, heads + 2 * kv_heads, head_dim).to(dtype), [5], kv_heads=kv_heads)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_after_a_batch_of_each_program_length_nothing_is_compiled_any_more() -> None:
+    from embedserve.kernels.attention_triton import _forward, attend_triton
+
+    def run(lengths: list[int]) -> int:
+        """Programs that there are after the batch. Its offsets lie somewhere in a staging buffer, its rows anywhere."""
+        layout = layout_of(lengths, "cuda")
+        staged = torch.cat([layout.cu_seqlens[:1], layout.cu_seqlens])[1:]
+        qkv = torch.randn(sum(lengths), 3, 4, 64, device="cuda", dtype=torch.float16)
+        attend_triton(*qkv.unbind(1), replace(layout, cu_seqlens=staged))
+        return len(_forward.device_caches[torch.cuda.current_device()][0])
+
+    compiled = [run([length]) for length in PROGRAM_LENGTHS][-1]
+    assert [run(lengths) for lengths in ([1], [3, 5], [17] * 16, [2] * 100, [700, 33])] == [compiled] * 5
 
 
 @pytest.mark.parametrize("capability", [80, 90], ids=["Ampere", "Hopper"])

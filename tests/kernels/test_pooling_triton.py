@@ -142,6 +142,24 @@ def test_the_reference_has_the_same_signature_and_takes_empty_rows() -> None:
         assert finite.all()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", POOLINGS)
+def test_after_a_small_and_a_large_batch_nothing_is_compiled_any_more(mode: str) -> None:
+    from embedserve.kernels.pooling_triton import _chunks, _finish, pool_and_finish
+
+    def run(lengths: list[int]) -> int:
+        """Programs that there are after the batch, whose offsets lie somewhere in a staging buffer."""
+        offsets = torch.tensor([0, 0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")[1:]
+        states = torch.randn(sum(lengths), 384, device="cuda", dtype=torch.float16)
+        pool_and_finish(states, offsets, mode, None, normalize=True)
+        return sum(len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in (_chunks, _finish))
+
+    run([16])
+    compiled = run([200])
+    assert [run(lengths) for lengths in ([1], [3, 5], [17] * 16, [2] * 100, [700, 33])] == [compiled] * 5
+
+
 @pytest.mark.parametrize("capability", [80, 90], ids=["Ampere", "Hopper"])
 def test_the_compiler_makes_programs_that_read_16_bytes_at_a_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: int
