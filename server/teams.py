@@ -34,6 +34,9 @@ T = TypeVar("T")
 _LONGEST_S = 0.100
 """What a narrow team's batch may take: what waits behind it waits no longer, as on the wide team (`bounds.py`)."""
 
+_HARDLY_LONGER = 1.25
+"""A narrow team's batch may also take this many times as long as one on the wide team, where that is slow itself."""
+
 _NEAR_BEST = 0.97
 """Below this share of the best rate fewer teams are worth it: each has its batch done sooner."""
 
@@ -135,7 +138,7 @@ def make_teams(
         for name, runner in runners.items()
     }
     alone = {name: probe.measure([wide], max_batch_tokens) for name, probe in probes.items()}
-    found = {Layout(1, threads): alone, **_side_by_side(probes, layouts(threads), cores, threads, max_batch_tokens)}
+    found = {Layout(1, threads): alone, **_side_by_side(probes, alone, cores, threads, max_batch_tokens)}
     chosen = best(found)
     for layout, rates in found.items():
         reached = ", ".join(f"{name} {measured.rate:,.0f} tokens/s" for name, measured in rates.items())
@@ -153,16 +156,17 @@ def make_teams(
 
 def _side_by_side(
     probes: Mapping[str, _Probe],
-    ways: Sequence[Layout],
+    alone: Mapping[str, Measured],
     cores: Sequence[int],
     threads: int,
     max_batch_tokens: int | None,
 ) -> dict[Layout, dict[str, Measured]]:
-    """Measure each layout, fewest teams first, as far as the smallest batch of every model runs in `_LONGEST_S`."""
+    """Measure each layout, fewest teams first, as far as the smallest batch of every model does not take too long."""
+    allowed = {name: max(_LONGEST_S, _HARDLY_LONGER * wide.bound / wide.rate) for name, wide in alone.items()}
     found: dict[Layout, dict[str, Measured]] = {}
-    for layout in ways:
+    for layout in layouts(threads):
         members = start(layout, cores, pinned=threads == len(cores))
-        quick = all(probe.is_quick(members, max_batch_tokens) for probe in probes.values())
+        quick = all(probe.is_quick(members, max_batch_tokens, allowed[name]) for name, probe in probes.items())
         if quick:
             found[layout] = {name: probe.measure(members, max_batch_tokens) for name, probe in probes.items()}
         for team in members:
@@ -219,12 +223,13 @@ class _Probe:
         self._runner = runner
         self._texts = texts
 
-    def is_quick(self, teams: Sequence[Team], max_batch_tokens: int | None) -> bool:
-        """Whether the smallest batch, or the one that is given, runs in `_LONGEST_S`."""
+    def is_quick(self, teams: Sequence[Team], max_batch_tokens: int | None, allowed: float) -> bool:
+        """Whether the smallest batch, or the one that is given, runs in so many seconds."""
         for _ in range(3):
             seconds = self._seconds(teams, max_batch_tokens or bounds.SMALLEST)
-            if seconds <= _LONGEST_S or seconds > 4 * _LONGEST_S:
-                return seconds <= _LONGEST_S
+            # What is disturbed once is tried again; what is far too slow would take seconds more.
+            if seconds <= allowed or seconds > 4 * allowed:
+                return seconds <= allowed
         return False
 
     def measure(self, teams: Sequence[Team], max_batch_tokens: int | None) -> Measured:
