@@ -28,8 +28,8 @@ _LARGEST_HEAD_DIM = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # Of float32, on tensor cores: three products of TF32's, whose error together is of float32's size. With plain
-# multiply-adds ("ieee") ptxas spills 1.9 KB a thread on Hopper for the tiles below and head_dim 128, with these 24 bytes. Half
-# precision does not look at it.
+# multiply-adds ("ieee") ptxas spills 1.9 KB a thread on Hopper for the tiles below and head_dim 128, with these 24
+# bytes. Half precision does not look at it.
 _PRECISION = tl.constexpr("tf32x3")
 
 
