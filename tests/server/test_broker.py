@@ -5,6 +5,7 @@ A text is its ids; its vector is (first id, number of ids). What counts is what 
 
 import asyncio
 import contextlib
+import random
 import re
 import secrets
 import socket
@@ -538,3 +539,46 @@ def test_the_answers_of_a_batch_to_one_front_end_are_one_frame() -> None:
         raw.close()
 
     story(told)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_engines_do_every_request_ends_with_its_own_vectors(seed: int) -> None:
+    """Two engines that answer late, ask for several batches or die; clients with few texts, some of whom hang up."""
+    draw = random.Random(seed)
+
+    async def engine(there: World) -> None:
+        while True:
+            stub = await StubEngine.connected(there.address, bound=12, pulls=draw.choice([1, 3]), concurrency=2)
+            try:
+                for _ in range(draw.randint(2, 12)):
+                    await stub.batch()
+                    await asyncio.sleep(draw.choice([0, 0, 0.001]))
+                    await stub.answer()
+            finally:
+                stub.connection.close()
+            await stub.connection.lost.wait()
+
+    async def client(there: World, number: int) -> int:
+        answered = 0
+        for _ in range(25):
+            texts = [[draw.randint(20, 40)] * draw.randint(1, 4) for _ in range(draw.randint(1, 12))]
+            asked = ask((there.client, there.other)[number % 2], *texts)
+            if draw.random() < 0.1:
+                await asyncio.sleep(0.001)
+                asked.cancel()
+                continue
+            with contextlib.suppress(OverloadedError):
+                assert dense(await asked) == [[text[0], len(text)] for text in texts]
+                answered += 1
+        return answered
+
+    async def told(there: World) -> None:
+        await there.engine.dies()
+        engines = [asyncio.create_task(engine(there)) for _ in range(2)]
+        answered = await asyncio.gather(*(client(there, number) for number in range(12)))
+        assert min(answered) > 10
+        assert len(there.broker._batcher) == 0
+        for task in engines:
+            task.cancel()
+
+    story(told, cache_bytes=10_000 if seed % 2 else 0)
