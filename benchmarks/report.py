@@ -124,19 +124,40 @@ def _sweeps(lines: Sequence[Line], parts: list[str], plots: dict[str, bytes]) ->
         parts.append(_facts(cells[-1]["machine"], rate))
 
 
+def _series(swept: list[Line]) -> dict[str, list[Line]]:
+    """What a line of a plot joins: cells of as many texts, where several lengths have them, and the fullest of each."""
+    counts = [line["texts"] for line in swept]
+    lengths = sorted({line["length"] for line in swept})
+    fullest = {length: max(line["texts"] for line in swept if line["length"] == length) for length in lengths}
+    found = {
+        f"{count}": [line for line in swept if line["texts"] == count]
+        for count in sorted(set(counts))
+        if counts.count(count) > 1
+    }
+    return {**found, "most": [line for line in swept if line["texts"] == fullest[line["length"]]]}
+
+
 def _draw_rates(swept: list[Line], axes: Axes) -> None:
-    for texts in sorted({line["texts"] for line in swept}):
-        row = [line for line in swept if line["texts"] == texts]
-        axes.plot([line["length"] for line in row], [line["tokens_per_second"] for line in row], "o-", label=f"{texts}")
-    axes.set(xscale="log", yscale="log", xlabel="tokens of a text", ylabel="tokens/s", title="Rate")
+    for label, row in _series(swept).items():
+        axes.plot([line["length"] for line in row], [line["tokens_per_second"] for line in row], "o-", label=label)
+    axes.set(yscale="log", xlabel="tokens of a text", ylabel="tokens/s", title="Rate")
+    _doubling(axes, [line["length"] for line in swept])
     axes.legend(fontsize=7, title="texts")
 
 
 def _draw_latencies(swept: list[Line], axes: Axes) -> None:
-    for texts in sorted({line["texts"] for line in swept}):
-        row = [line for line in swept if line["texts"] == texts]
+    for row in _series(swept).values():
         axes.plot([line["length"] for line in row], [line["p50_ms"] for line in row], "o-")
-    axes.set(xscale="log", yscale="log", xlabel="tokens of a text", ylabel="ms, median", title="Latency")
+    axes.set(yscale="log", xlabel="tokens of a text", ylabel="ms, median", title="Latency")
+    _doubling(axes, [line["length"] for line in swept])
+
+
+def _doubling(axes: Axes, values: Sequence[int]) -> None:
+    """A horizontal axis of doublings, with the measured values at its ticks."""
+    places = sorted(set(values))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(places, [str(place) for place in places])
+    axes.minorticks_off()
 
 
 def _draw_shares(swept: list[Line], axes: Axes) -> None:
@@ -214,7 +235,8 @@ def _draw_clients(closed: list[Line], figure: str, axes: Axes) -> None:
         x = [line["clients"] for line in row]
         axes.errorbar(x, [each["median"] for each in spreads], _errors(spreads), fmt="o-", label=name)
     label = "texts/s" if figure == "texts_per_second" else f"ms, {figure.removesuffix('_ms')}"
-    axes.set(xscale="log", xlabel="clients", ylabel=label, ylim=(0, None))
+    axes.set(xlabel="clients", ylabel=label, ylim=(0, None))
+    _doubling(axes, [line["clients"] for line in closed])
     axes.legend(fontsize=7)
 
 

@@ -271,4 +271,4 @@ def _cell(found: dict[str, float] | None) -> str:
         return "-"
     digits = 0 if found["highest"] >= 1000 else 1 if found["highest"] >= 50 else 2
     median, lowest, highest = (f"{found[name]:,.{digits}f}" for name in ("median", "lowest", "highest"))
-    return f"{median} ({lowest}–{highest})"
+    return median if lowest == highest else f"{median} ({lowest}–{highest})"
