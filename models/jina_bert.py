@@ -132,7 +132,7 @@ class JinaEncoder:
         self._heads = sizes.num_heads
         self._attend = parts.kernels.attend
         words = parameters.tensor(f"{names.words}.weight", sizes.vocab_size, width)
-        # Texts are all of type 0.
+        # Texts are all of type 0, so its row belongs to every word.
         words += parameters.tensor(f"{names.types}.weight", sizes.type_vocab_size, width)[0]
         self._embed = Embedding(words, None, parts.norm(names.norm, width))
         self._slopes = alibi_slopes(sizes.num_heads, words.device)
