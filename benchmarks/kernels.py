@@ -148,6 +148,7 @@ def _table(options: argparse.Namespace, dtype: str, batches: Sequence[int], prog
             for case in cases(Sizes.of(name), tokens, device, kind):
                 if options.operations and case.operation not in options.operations:
                     continue
+                others = machine.Others()
                 found, failed = measure(case, device, options.seconds)
                 status |= bool(failed)
                 limit = max(case.bytes / copied, case.flops / multiplied)
@@ -166,6 +167,7 @@ def _table(options: argparse.Namespace, dtype: str, batches: Sequence[int], prog
                     "share": {each: round(limit / statistics.median(times), 4) for each, times in found.items()},
                     "difference": differences(case, set(found)),
                     "failed": failed,
+                    "cores_used_by_others": others.cores(),
                     "copy_gb_s": round(copied / 1e9, 2),
                     "matrix_tflops": round(multiplied / 1e12, 4),
                     "machine": facts,
