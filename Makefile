@@ -101,8 +101,9 @@ bench-loading: install-dev ## host memory while a model is loaded
 bench-kernels: install-dev ## each operation, and its share of the limit
 	$(BIN)/python -m embedserve.benchmarks.kernels $(BENCH_OPTIONS)
 
-bench-report: install-dev ## a page of what is in benchmarks/results
-	$(BIN)/embedserve bench report $(wildcard $(addprefix $(RESULTS)/,engine.jsonl sweep.jsonl http.jsonl gpu.jsonl gpu-http.jsonl)) -o $(RESULTS)/report.html
+bench-report: install-dev ## build/bench.html, a page of what is in benchmarks/results
+	@mkdir -p build
+	$(BIN)/embedserve bench report $(wildcard $(addprefix $(RESULTS)/,engine.jsonl sweep.jsonl http.jsonl gpu.jsonl gpu-http.jsonl)) -o build/bench.html
 
 # Each piece takes less than 10 minutes, and can be run alone; what a file has already is not measured again.
 GPU_SHAPES := bge-large bge-m3 jina-v2-base qwen3-0.6b minilm

@@ -77,7 +77,33 @@ def targets() -> str:
         rows.append(
             f"| {shape}, {line['weights'] / 1e9:.1f} GB in float32 | ≤ {LOADING:g} | {measured:.2f} | {verdict} |"
         )
-    return "\n".join([*rows, ""])
+    return "\n".join([*rows, *shares(), ""])
+
+
+def shares() -> list[str]:
+    """How near the engine came to the matrix rate: the fullest batches of each length, where there are sweeps."""
+    cells: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = {}
+    for file in ("sweep.jsonl", "gpu.jsonl"):
+        if (jsonl.FOLDER / file).exists():
+            for line in jsonl.read(jsonl.FOLDER / file):
+                if line["benchmark"] == "sweep" and line["share_of_matrix_rate"] is not None:
+                    key = (line["machine"]["device"], line["model"], line["machine"]["dtype"])
+                    best = cells.setdefault(key, {})
+                    if best.get(line["length"], line)["tokens_per_second"] <= line["tokens_per_second"]:
+                        best[line["length"]] = line
+    lengths = sorted({length for best in cells.values() for length in best if length})
+    if not lengths:
+        return []
+    heads = [f"{length} tokens" for length in lengths] + ["a mix"]
+    rows = ["", f"| Engine: tokens/s, share of the matrix rate | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    for (device, model, dtype), best in cells.items():
+        found = [best.get(length) for length in [*lengths, 0]]
+        shown = [
+            f"{each['tokens_per_second']:,.0f}, {each['share_of_matrix_rate']:.0%}" if each else "–" for each in found
+        ]
+        device = "CPU" if device == "cpu" else device
+        rows.append(f"| {model}, {dtype}, {device} | {' | '.join(shown)} |")
+    return rows
 
 
 def readme() -> str:
