@@ -36,10 +36,12 @@ class TorchLinear:
 
 
 class OneDnnLinear:
-    """float32 on the CPU through oneDNN: the weight is brought into its blocked layout once, the activation is fused.
+    """float32 and bfloat16 on the CPU through oneDNN: the weight is brought into its blocked layout once, and the
+    activation is fused.
 
     torch's own `F.linear` calls MKL, which on an AVX-512 EPYC reached 200 GFLOP/s at 512 tokens and 115 at 16, where
-    this one reached 450 and 290 (two threads, MiniLM's shapes).
+    this one reached 450 and 290 (two threads, MiniLM's shapes). bfloat16 takes half of float32's time on CPUs that
+    multiply it in hardware (AVX512_BF16, AMX): 0.70 ms where float32 took 1.40, 512 tokens, 1536 to 384.
     Accumulates in float32. oneDNN's GELU is the erf form (a polynomial of it, within 1e-6 of the exact value).
 
     The operations are torch's own, those that its compiler emits for the CPU; `available` says whether they are there.

@@ -18,7 +18,8 @@ class Backend(Protocol):
     """A loaded model.
 
     cost: what a batch costs, for the batcher: "packed", the sum of tokens; "padded", rows times the longest.
-    dtype: in which it computes; that of the constructor, unless the files have but another.
+    dtype: in which it computes; that of the constructor, unless the files have but another. int8 is that of products
+        alone, for native on a CPU: states and all else are float32 then.
     pools: whether the model's own graph pools, so that hidden_states returns one vector a row, [rows, hidden].
     """
 

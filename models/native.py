@@ -23,7 +23,8 @@ class NativeBackend:
         kernels = dispatch.choose(device, dtype)
         self.dtype = dtype
         self.cost: Literal["packed", "padded"] = "padded" if kernels.pads else "packed"
-        self._model = registry.family(config.family)(config, device, dtype, kernels)
+        states = torch.float32 if dtype == torch.int8 else dtype
+        self._model = registry.family(config.family)(config, device, states, kernels)
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         """See `Backend`."""

@@ -100,9 +100,10 @@ class ServerConfig:
     )
     dtype: str = _option(
         "auto",
-        parsers.choice("auto", "float32", "float16", "bfloat16"),
-        "auto is float32 on the CPU, and on a GPU float16, or bfloat16 for models that overflow float16",
-        metavar="auto|float32|float16|bfloat16",
+        parsers.choice("auto", "float32", "float16", "bfloat16", "int8"),
+        "auto is float32 on the CPU, and on a GPU float16, or bfloat16 for models that overflow float16; bfloat16 and "
+        "int8 on a CPU that has them in hardware: faster, less exact, how much is printed at start",
+        metavar="auto|float32|float16|bfloat16|int8",
         group="Models",
     )
     threads: int = _option(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from embedserve.kernels import int8
 from embedserve.models.architecture import ForeignArchitecture
 from embedserve.models.config import ModelConfig
 from embedserve.models.errors import BatchError, ModelError
@@ -24,7 +26,12 @@ __all__ = [
     "set_threads",
 ]
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+}
 
 
 class DeviceError(ModelError):
@@ -64,6 +71,8 @@ def pick_dtype(asked: str, device: torch.device, config: ModelConfig, progress: 
     architecture = config.architecture
     kind = architecture.model_type if isinstance(architecture, ForeignArchitecture) else config.family
     overflows = kind.startswith(_OVERFLOWING)
+    if asked == "int8" and device.type != "cpu":
+        raise DeviceError("dtype int8 is for the CPU; on a GPU use float16, bfloat16 or auto")
     has_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= _AMPERE
     if asked == "auto":
         if device.type == "cpu":
@@ -77,16 +86,25 @@ def pick_dtype(asked: str, device: torch.device, config: ModelConfig, progress: 
     if asked not in _DTYPES:
         raise DeviceError(f"dtype {asked!r} is unknown; expected auto, {', '.join(_DTYPES)}")
     dtype = _DTYPES[asked]
-    if device.type == "cpu" and dtype != torch.float32:
-        raise DeviceError(
-            f"dtype {asked} on the CPU is not supported: it is slower than float32 there and less exact; use "
-            "float32 or auto"
-        )
+    if device.type == "cpu":
+        if reason := _why_not_on_cpu(dtype):
+            raise DeviceError(f"dtype {asked} on the CPU: {reason}; use float32 or auto")
+        return dtype
     if dtype == torch.float16 and overflows:
         raise DeviceError("dtype float16: activations of this model overflow it; use bfloat16, float32 or auto")
     if dtype == torch.bfloat16 and not has_bfloat16:
         raise DeviceError(f"dtype bfloat16: {device_name(device)} has none; use float16 or float32")
     return dtype
+
+
+def _why_not_on_cpu(dtype: torch.dtype) -> str | None:
+    """Why this CPU should not compute in this dtype; None where it may."""
+    cpu: Any = torch.cpu
+    if dtype == torch.float16:
+        return "it is slower than float32 there and less exact"
+    if dtype == torch.bfloat16 and not (cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()):
+        return f"{device_name(torch.device('cpu'))} has no arithmetic for it, and takes longer than in float32"
+    return int8.why_not() if dtype == torch.int8 else None
 
 
 def set_threads(asked: int | None) -> int:

@@ -29,7 +29,7 @@ from embedserve.models.batch import Ints, PackedBatch, PackedRows
 from embedserve.models.config import ModelConfig, read_config
 from embedserve.models.errors import BatchError, CheckpointError
 from embedserve.models.heads import load_heads
-from embedserve.server import bounds, graphs
+from embedserve.server import bounds, graphs, memory, precision
 from embedserve.server import device as devices
 from embedserve.server import threads as cpu_threads
 from embedserve.server.arrays import ARRAYS, OUTPUTS, Rows, join, output_bits, wants
@@ -126,7 +126,8 @@ class Runner:
         config: what `catalog.configure` made of the folder; read from the folder alone if absent.
         device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N".
         dtype: "auto" (float32 on the CPU; on CUDA float16, or bfloat16 for models that overflow float16), "float32",
-            "float16" or "bfloat16".
+            "float16", "bfloat16" or "int8"; the last two on a CPU that has them, where their cosine to float32 and
+            their gain are told to `progress`.
         backend: "auto" (our own, where the family is ours), or a key of `registry.BACKENDS`.
         threads: of the CPU's operations; None takes all cores that the process may use.
         pin: on the CPU, give each thread a core of its own where they are as many; see `threads.pin`.
@@ -158,7 +159,8 @@ class Runner:
         try:
             with torch.inference_mode():
                 loaded = registry.backend(name)(config, place, kind)
-                heads = {} if loaded.pools else load_heads(config, place, torch.float32 if kind == torch.int8 else loaded.dtype)
+                states = torch.float32 if loaded.dtype == torch.int8 else loaded.dtype
+                heads = {} if loaded.pools else load_heads(config, place, states)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -172,7 +174,12 @@ class Runner:
                 f"{' and '.join(sorted(missing))} output needs; use --backend native"
             )
         progress(f"loaded in {time.perf_counter() - started:.1f} s")
-        return cls(loaded, config, place, count, heads)
+        runner = cls(loaded, config, place, count, heads)
+        if place.type == "cpu":
+            memory.keep_freed()
+        if exact is not None:
+            progress(precision.compare(shown, runner._precision_probe(), exact))
+        return runner
 
     @property
     def info(self) -> RunnerInfo:
@@ -266,7 +273,7 @@ class Runner:
             self._warned.add(tokens.bit_length())
             log.warning(
                 "out of memory: a batch runs in halves; a smaller --max-batch-tokens would avoid it",
-                extra={"texts": rows, "tokens": tokens},
+                extra={"model": self._config.folder.name, "texts": rows, "tokens": tokens},
             )
         return None
 
@@ -440,6 +447,13 @@ class Runner:
         for ids, lengths in [texts.within(bounds.SMALLEST), *alone]:
             for dimension in (self._config.dimension, 1):
                 self._dense(ids, lengths, dimension)
+
+    def _precision_probe(self) -> precision.Probe:
+        config = self._config
+        return precision.probe(
+            lambda ids, lengths: self._dense(ids, lengths, config.dimension).dense,
+            bounds.Texts(self._backend.cost, config.max_tokens, config.vocab_size),
+        )
 
     def _dense(self, ids: Ints, lengths: Ints, dimension: int) -> Embedded:
         return self.run(ids, lengths, np.full(len(lengths), dimension, np.int32))

@@ -41,14 +41,14 @@ SOURCES = {
 }
 
 # What half precision may add to a published value's tolerance: of a score, of a component.
-SCORE_SLACK = {"float32": 0.0, "float16": 3e-3, "bfloat16": 1e-2}
-COMPONENT_SLACK = {"float32": 0.0, "float16": 1e-3, "bfloat16": 4e-3}
+SCORE_SLACK = {"float32": 0.0, "float16": 3e-3, "bfloat16": 1e-2, "int8": 3e-2}
+COMPONENT_SLACK = {"float32": 0.0, "float16": 1e-3, "bfloat16": 4e-3, "int8": 2e-2}
 
 # Between two runs of one text in batches of different shapes: a component in float32, 1 - cosine in half precision.
 FLOAT32_DIFFERENCE = 1e-5
-HALF_DISTANCE = {"float16": 1e-4, "bfloat16": 1e-3}
+HALF_DISTANCE = {"float16": 1e-4, "bfloat16": 1e-3, "int8": 1e-3}
 # Of 1 - cosine, between float32 and half precision. Qwen3's 36 layers on random weights: 1.1e-3 in bfloat16.
-DTYPE_DISTANCE = {"float16": 1e-3, "bfloat16": 5e-3}
+DTYPE_DISTANCE = {"float16": 1e-3, "bfloat16": 5e-3, "int8": 1e-2}
 NORM_TOLERANCE = 1e-3
 
 _NO_LIMIT = 1 << 40

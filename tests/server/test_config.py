@@ -128,7 +128,7 @@ def test_kubernetes_variable_of_a_service_called_embedserve_is_no_port() -> None
         ({}, {}, "rate_limt = 1", "there is no option 'rate_limt'"),
         ({}, {}, "rate_limit = [", "is not valid TOML"),
         ({}, {}, "model = 3", "model: expected a text, not 3"),
-        ({"dtype": "int8"}, {}, "", "--dtype: expected one of auto, float32, float16, bfloat16"),
+        ({"dtype": "int4"}, {}, "", "--dtype: expected one of auto, float32, float16, bfloat16, int8"),
         ({"device": "gpu"}, {}, "", "--device: expected auto, cpu, cuda or cuda:N"),
         ({"trusted_proxy": ["here"]}, {}, "", "--trusted-proxy: expected an IP address or a network"),
         ({"closed_discovery": "maybe"}, {}, "", "--closed-discovery: expected true or false"),
