@@ -279,7 +279,7 @@ def _device_ms(call: Callable[[], None]) -> float:
             call()
         torch.cuda.synchronize()
     # The calls that launched them carry their time once more.
-    kernels = [event for event in profiled.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event for event in profiled.key_averages() if event.device_type.name == "CUDA"]
     return round(sum(float(event.self_device_time_total) for event in kernels) / 3e3, 4)
 
 
