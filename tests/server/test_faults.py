@@ -146,7 +146,8 @@ def test_requests_that_wait_go_on_when_the_engine_is_replaced(two_front_ends: Ru
 def test_clients_that_hang_up_leave_nothing_behind(two_front_ends: RunningServer) -> None:
     server = two_front_ends
     text = "a request whose client will not wait for the answer " * 12
-    body = httpx.Request("POST", server.url, json={"model": MODEL, "input": [text] * 20}).read()
+    texts = [f"{number}: {text}" for number in range(20)]
+    body = httpx.Request("POST", server.url, json={"model": MODEL, "input": texts}).read()
     host, port = server.url.removeprefix("http://").split(":")
     head = (
         f"POST /v1/embeddings HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
@@ -217,7 +218,8 @@ def test_sigterm_lets_requests_in_flight_finish() -> None:
 
 def test_requests_that_outlast_the_shutdown_get_a_503() -> None:
     with RunningServer("--rate-limit", "0", "--shutdown-seconds", "1") as server:
-        body = {"model": MODEL, "input": ["a text that takes its time among so many others " * 20] * 1000}
+        long = "a text that takes its time among so many others " * 20
+        body = {"model": MODEL, "input": [f"{number}: {long}" for number in range(1000)]}
 
         async def story() -> httpx.Response:
             async with httpx.AsyncClient(timeout=SECONDS) as http:
