@@ -8,6 +8,7 @@ norm        LayerNorm and RMSNorm, each alone and after a residual sum
 activation  the feed-forward non-linearities that checkpoints name
 gated       feed-forward blocks whose one half is the other's gate: GEGLU, ReGLU, SwiGLU
 linear      xWᵀ + b, with a fused activation or residual where the CPU library offers it
+int8        the same in 8 bits, for CPUs that have products of them
 pooling     token states → one vector a text: pool, cut, normalise, check
 heads       token states → lexical weights and a vector a token, bge-m3's outputs besides the dense one
 dispatch    which implementation of each runs on which device: the one table of that choice

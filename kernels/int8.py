@@ -6,8 +6,8 @@
 
 Q_x Q_wᵀ is summed in int32. A token's range depends on nothing but the token, so a text's vector does not depend on
 its neighbours, as it would with one range for the whole batch. A range that is symmetric around zero is half wasted on
-tokens whose outliers lie on one side: all-MiniLM-L6-v2's lowest cosine to float32 was 0.990 that way and 0.996 this way,
-short and mixed texts. Factors between the input channels of W and x, as in SmoothQuant (Xiao et al. 2022,
+tokens whose outliers lie on one side: all-MiniLM-L6-v2's lowest cosine to float32, short and mixed texts, was 0.990 so
+and is 0.996 now. Factors between the input channels of W and x, as in SmoothQuant (Xiao et al. 2022,
 arXiv:2211.10438), gave 0.996 alone and 0.997 with this; they need texts to calibrate with, and are left out.
 
 512 tokens, 384 to 1536 with GELU, one core: 1.4 ms, where float32 took 3.4 and bfloat16 1.7; of them the product 0.86.

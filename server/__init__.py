@@ -25,6 +25,8 @@ The way of a request:
         device.py   which device and dtype
         staging.py  arrays to the device and back, two batches under way
         graphs.py   CUDA graphs of small batches
+        precision.py            what bfloat16 and int8 cost and gain on a CPU
+        memory.py   the C library keeps what batches free, on a CPU
         bounds.py   how many tokens a batch may have
       threads.py    the CPU's threads
     client.py, encode.py        arrays → response
