@@ -18,9 +18,13 @@ The way of a request:
         wire.py, arrays.py      frames between the processes, and the arrays in them
       relay.py      what it calls where the model runs elsewhere (upstreams.py)
     broker.py       the process with the queue, the limits and the counters
+      digests.py    which texts are the same
+      cache.py      results of those that came before
       batcher.py    the queue's rules
       metrics.py    the counters
     engine.py       a process for each device: pulls batches
+      schedule.py   which of its teams runs a batch, and when the next one is pulled
+      teams.py      the threads that run them; on a CPU, how many teams are best
       runner.py     a model on the device: token ids or pixels → vectors
         device.py   which device and dtype
         staging.py  arrays to the device and back, two batches under way
