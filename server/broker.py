@@ -348,8 +348,11 @@ class Broker:
     def _batch_done(self, engine: _Engine, message: wire.BatchDone, payload: bytes) -> None:
         batch = engine.batches[message.batch]
         model, rows = batch.lane.model, len(batch.lengths)
+        asked = {name for outputs in {work.key.outputs for work, _ in batch.segments} for name in array_names(outputs)}
         try:
             arrays = unpack(message.arrays, rows, payload)
+            if not asked <= arrays.keys():
+                raise ValueError(f"arrays {message.arrays}, not {sorted(asked)}")
         except ValueError as error:
             # The connection ends, and the batch, which is still the engine's, goes back into the queue.
             raise wire.FrameError(str(error)) from None

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedserve.server.arrays import ARRAYS, OUTPUTS, Rows, join, output_bits, pack, unpack, wants
+from embedserve.server.arrays import ARRAYS, OUTPUTS, Rows, array_names, join, output_bits, pack, unpack, wants
 
 COUNTS = st.lists(st.integers(0, 5), min_size=1, max_size=9)
 
@@ -83,3 +83,27 @@ def test_outputs_as_bits() -> None:
     assert wants(bits, "dense").tolist() == [True, False, True]
     assert wants(bits, "sparse").tolist() == [False, True, True]
     assert wants(bits, "colbert").tolist() == [False, True, True]
+
+
+@given(st.data(), COUNTS)
+def test_rows_are_taken_in_any_order_and_more_than_once(data: st.DataObject, counts: list[int]) -> None:
+    whole = rows_of(counts, "<f4")
+    index = data.draw(st.lists(st.integers(0, len(counts) - 1), min_size=1, max_size=12))
+    assert listed(whole.take(np.array(index, np.int32))) == [whole[row].tolist() for row in index]
+
+
+def test_rows_of_one_size_are_taken_as_rows_of_many_sizes_are() -> None:
+    whole = rows_of([3] * 4, "<i4")
+    assert listed(whole.take(np.array([3, 0, 0, 2]))) == [[9, 10, 11], [0, 1, 2], [0, 1, 2], [6, 7, 8]]
+    empty = rows_of([0, 0], "<i4")
+    assert listed(empty.take(np.array([1, 0, 1]))) == [[], [], []]
+
+
+def test_neighbours_are_taken_without_a_copy() -> None:
+    whole = rows_of([2, 3, 1], "<f4")
+    assert np.shares_memory(whole.take(np.array([1, 2])).elements, whole.elements)
+
+
+def test_outputs_name_their_arrays() -> None:
+    assert array_names(output_bits(["colbert", "dense"])) == ["dense", "colbert"]
+    assert array_names(output_bits(list(OUTPUTS))) == list(ARRAYS)

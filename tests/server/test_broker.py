@@ -541,6 +541,20 @@ def test_the_answers_of_a_batch_to_one_front_end_are_one_frame() -> None:
     story(told)
 
 
+def test_an_engine_that_leaves_out_what_was_asked_for_is_cut_off() -> None:
+    async def told(there: World) -> None:
+        asked = asyncio.create_task(run(there.client, [1], outputs=("dense", "sparse")))
+        await there.engine.batch()
+        names, payload = pack({"dense": Rows.of([np.zeros(2, "<f4")], "<f4")})
+        there.engine.connection.send(wire.BatchDone(there.engine.waiting[0][0].batch, names, 0.001, 1, []), payload)
+        await there.engine.connection.lost.wait()
+        there.engine = await StubEngine.connected(there.address)
+        await there.engine.answer()
+        assert dense(await asked) == [[1, 1]]
+
+    story(told)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_whatever_engines_do_every_request_ends_with_its_own_vectors(seed: int) -> None:
     """Two engines that answer late, ask for several batches or die; clients with few texts, some of whom hang up."""
