@@ -99,7 +99,7 @@ def fused(attend: Attend) -> Kernels:
 
 
 def _onednn_gated(weight: Tensor, bias: Tensor | None, activation: str, gate_first: bool) -> Linear:
-    # oneDNN applies an activation on its way out, which pays with GELU (see TwoProducts), and not with SiLU: two products
-    # took 1.02 times as long as one and SiLU after it for 16 and 128 tokens of Qwen3-0.6B, 0.99 for 512.
+    # oneDNN applies an activation on its way out, which pays with GELU (see TwoProducts) and not with SiLU: two
+    # products took 1.02 times as long as one and SiLU after it for 16 and 128 tokens of Qwen3-0.6B, 0.99 for 512.
     blocks = TwoProducts if activation in ACTIVATIONS else OneProduct
     return blocks(weight, bias, activation, gate_first, linear=OneDnnLinear)
