@@ -179,13 +179,13 @@ def tiles_for(max_seqlen: int, head_dim: int, dtype: torch.dtype, *, hopper: boo
     thread for head_dim 64 on Hopper, so two programs on a multiprocessor; at most 56 bytes spilled up to head_dim 128);
     not timed yet.
     """
-    shortest = max(16, triton.next_power_of_2(max_seqlen))
+    longest = max(16, triton.next_power_of_2(max_seqlen))
     if dtype == torch.float32 or head_dim > 128:
         # Twice the bytes in registers and shared memory.
-        size = min(shortest, 16 if dtype == torch.float32 and head_dim > 128 else 32)
+        size = min(longest, 16 if dtype == torch.float32 and head_dim > 128 else 32)
         return Tiles(size, size, warps=4 if size > 16 or head_dim > 128 else 2, stages=2)
-    if shortest <= 64:
-        return Tiles(shortest, shortest, warps=shortest // 16, stages=2)
+    if longest <= 64:
+        return Tiles(longest, longest, warps=longest // 16, stages=2)
     return Tiles(128, 64, warps=8 if hopper or head_dim > 64 else 4, stages=3)
 
 
