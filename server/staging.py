@@ -44,7 +44,8 @@ class Staging(Protocol):
     def run(self, arrays: Mapping[str, Array], launch: Launch) -> AbstractContextManager[dict[str, Array]]:
         """Launch a batch on copies of `arrays`, int32 or uint8, and wait for its outputs, of any dtype.
 
-        What comes back holds until the block ends: copy what is to stay. Raises what `launch` raises.
+        What comes back holds until the block ends: copy what is to stay. Raises what `launch` raises. Call it under
+        `torch.inference_mode`, as all others do: buffers that were made there cannot be written elsewhere.
         """
         ...
 

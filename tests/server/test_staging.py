@@ -50,6 +50,7 @@ def test_threads_do_not_disturb_each_other(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@torch.inference_mode()
 def test_a_launch_that_fails_keeps_no_place(device: str) -> None:
     staging = staging_of(torch.device(device))
 
@@ -88,6 +89,7 @@ def test_pieces_are_aligned_and_apart(sizes: list[int]) -> None:
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda:0", marks=gpu)])
+@torch.inference_mode()
 def test_a_batch_is_launched_while_the_one_before_it_runs(device: str) -> None:
     staging = staging_of(torch.device(device))
     one = {"a": np.ones(1, np.int32)}
@@ -99,6 +101,7 @@ def test_a_batch_is_launched_while_the_one_before_it_runs(device: str) -> None:
         launched.set()
         return there
 
+    @torch.inference_mode()
     def run() -> None:
         with staging.run(one, slow):
             pass
