@@ -36,9 +36,6 @@ __all__ = ["EngineOptions", "serve"]
 
 log = logging.getLogger("embedserve.engine")
 
-_AT_ONCE = 0.0005
-"""Seconds after a pull within which only what was waiting for it can come."""
-
 _STUCK_AFTER = 60.0
 """Seconds, beyond ten times its estimate, after which a running batch counts as hung."""
 
@@ -106,8 +103,8 @@ class Engine:
         """By the number of the team."""
         self._last_end = 0.0
         self._estimates = Estimates()
-        self._pulled: float | None = None
-        """When a batch was asked for that has not come."""
+        self._pulled = False
+        """Whether a batch was asked for that has not come."""
         self._pull_later: asyncio.TimerHandle | None = None
         self._crowd = 0.0
         """Tokens that have come lately while a batch ran."""
@@ -122,7 +119,7 @@ class Engine:
             models = [ready for name in self._runners for ready in self._announce(name)]
             connection.send(wire.EngineReady(models, self._schedule.concurrency))
             self._connection = connection
-            self._pulled = None
+            self._pulled = False
             self._pull_in_time()
             await connection.lost.wait()
 
@@ -154,9 +151,8 @@ class Engine:
         lengths, dimensions, outputs = np.frombuffer(payload, dtype="<i4", count=3 * message.rows).reshape(3, -1)
         items = np.frombuffer(payload, dtype=np.uint8, offset=12 * message.rows)
         batch = _Batch(connection, message, lengths, dimensions, outputs, items)
-        waited = self._running or (self._pulled is not None and time.monotonic() - self._pulled < _AT_ONCE)
-        self._crowd = 0.7 * self._crowd + 0.3 * (batch.tokens + message.waiting if waited else 0)
-        self._pulled = None
+        self._crowd = 0.7 * self._crowd + 0.3 * (batch.tokens + message.waiting if self._running else 0)
+        self._pulled = False
         self._bound.append(batch)
         self._start()
         self._pull_in_time()
@@ -169,7 +165,7 @@ class Engine:
         if self._pull_later is not None:
             self._pull_later.cancel()
             self._pull_later = None
-        if self._pulled is not None or self._bound or self._spent:
+        if self._pulled or self._bound or self._spent:
             return
         now = time.monotonic()
         free_at = self._schedule.free_at(self._expected(), now)
@@ -177,7 +173,7 @@ class Engine:
             return
         wait = free_at - self._schedule.lead - now
         if wait <= 0:
-            self._pulled = now
+            self._pulled = True
             self._connection.send(wire.Pull())
         else:
             self._pull_later = asyncio.get_running_loop().call_later(wait, self._pull_in_time)
