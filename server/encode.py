@@ -35,15 +35,17 @@ async def embedding_response(
     encode = _base64 if encoding_format == "base64" else _json
     pieces = [b'{"object":"list","data":[']
     floats = 0
+    # The vectors of a request are of one size: a matrix, and no offsets to be counted.
+    dense = arrays["dense"].elements.reshape(rows, -1) if "dense" in outputs else None
     for row in range(rows):
         if row:
             pieces.append(b",")
         pieces.append(b'{"object":"embedding","index":%d' % row)
         for output in outputs:
             if output == "dense":
-                vector = arrays["dense"][row]
-                floats += len(vector)
-                pieces += (b',"embedding":', encode(vector))
+                assert dense is not None
+                floats += dense.shape[1]
+                pieces += (b',"embedding":', encode(dense[row]))
             elif output == "sparse":
                 ids, weights = arrays["sparse_ids"][row], arrays["sparse_weights"][row]
                 floats += 2 * len(ids)

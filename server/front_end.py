@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import socket
 from collections.abc import Iterator
 
@@ -74,6 +75,10 @@ async def serve(
             timeout_graceful_shutdown=config.shutdown_seconds,
         )
     )
+    # What is there by now stays: to look through its 40,000 objects took a full collection 28 ms, in which nothing was
+    # answered; without them 0.04.
+    gc.collect()
+    gc.freeze()
     beats = asyncio.create_task(_beat(server, alive))
     alive.ready()  # the socket listens since before this process began
     await server.serve(sockets=[listener])

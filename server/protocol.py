@@ -149,8 +149,7 @@ class HTTPProtocol(HttpToolsProtocol):
 class _AnswerInOnePiece:
     """The transport as one answer sees it: its head waits for the body, which uvicorn writes apart.
 
-    A write to a TCP socket takes 10 to 20 us of the kernel, as much as all of uvicorn, and wakes the client, who cannot
-    do anything with the head alone.
+    One write to a TCP socket takes 12 us, two 17, and the first wakes the client, who can do nothing with a head alone.
     """
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
