@@ -149,7 +149,10 @@ class Batcher(Generic[K, T]):
         if not texts or min(texts.values()) < 1:
             raise ValueError("a request needs texts, and each at least one token")
         running = self._running
-        waiting = {text: tokens for text, tokens in texts.items() if text not in running}
+        if running.keys().isdisjoint(texts):
+            waiting = dict(texts)
+        else:
+            waiting = {text: tokens for text, tokens in texts.items() if text not in running}
         tokens = sum(waiting.values())
         if tokens and self.waiting_tokens and self.waiting_tokens + tokens > self.max_queue_tokens:
             raise QueueFullError(self.waiting_tokens, tokens)

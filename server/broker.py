@@ -18,7 +18,7 @@ import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 
 import numpy as np
 
@@ -219,7 +219,7 @@ class Broker:
             raise wire.FrameError("lengths that do not add up")
         kind = Kind(message.model, self._editions[message.model], message.modality, message.dimensions, message.outputs)
         keys = digests(kind, [items[start:stop] for start, stop in pairwise(offsets)])
-        positions = {key: position for position, key in enumerate(keys)}
+        positions = dict(zip(keys, range(message.rows), strict=True))
         if len(positions) != message.rows:
             raise wire.FrameError("equal items in one request")
         request = _Request(
@@ -362,7 +362,7 @@ class Broker:
         rate = tokens / max(message.seconds, 1e-6)
         self._rate = 0.9 * self._rate + 0.1 * rate if self._rate else rate
 
-        row_of = {text: row for row, text in enumerate(text for segment in batch.segments for text in segment.texts)}
+        row_of = dict(zip(chain.from_iterable(texts for _, texts in batch.segments), range(rows), strict=True))
         bad_rows = set(message.not_finite)
         not_finite = {text for text, row in row_of.items() if row in bad_rows} if bad_rows else set()
         if self._cache is not None and self._can_keep(model):
