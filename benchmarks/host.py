@@ -20,10 +20,8 @@ benchmarks/results/host.jsonl.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
-import platform
 import random
 import re
 import signal
@@ -36,11 +34,12 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from embedserve.benchmarks import jsonl
 from embedserve.benchmarks.load import Request, Target, ask_once, closed_loop
+from embedserve.benchmarks.machine import describe
 from embedserve.benchmarks.texts import SEED, vocabulary
 from embedserve.server import config, log, wire
 from embedserve.server.arrays import Rows, pack
@@ -48,7 +47,7 @@ from embedserve.server.process import Liveness, run
 from embedserve.server.served import find_models
 from embedserve.server.supervisor import Supervisor
 
-RESULTS = Path(__file__).parent / "results" / "host.jsonl"
+RESULTS = jsonl.FOLDER / "host.jsonl"
 
 LOADS = ("1x1", "16x1", "64x1", "16x1f", "16x32", "16x64", "16x64f")
 
@@ -234,11 +233,9 @@ def main() -> None:
             "stub_us": round(median["engine"], 1),
             "requests_per_second": round(median["requests_per_second"]),
             "p50_ms": round(median["p50_ms"], 2),
-            "machine": machine(),
+            "machine": describe(),
         }
-        if str(options.output) != "-":
-            with options.output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+        jsonl.append(line, options.output)
 
 
 def _parse(parser: argparse.ArgumentParser, load: str) -> tuple[int, int, str]:
@@ -247,18 +244,6 @@ def _parse(parser: argparse.ArgumentParser, load: str) -> tuple[int, int, str]:
     if found is None:
         parser.error(f"{load!r} is no load; write CLIENTSxTEXTS, such as 16x1, and f behind it for floats")
     return int(found[1]), int(found[2]), "float" if found[3] else "base64"
-
-
-def machine() -> dict[str, Any]:
-    """What ran it."""
-    model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "cpu": model[1] if model else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "event_loop": "uvloop",
-    }
 
 
 if __name__ == "__main__":
