@@ -4,7 +4,7 @@
     time     what runs in about 20 ms on a GPU, 100 ms on a CPU: a text that arrives waits no longer for its own batch
     rate     the smallest batch within 3 % of the best rate: beyond it tokens wait and nothing is gained
 
-On a CPU memory is not asked: what runs in 100 ms has activations of some tens of MiB.
+On a CPU memory is not asked: a token of all-MiniLM-L6-v2 takes 40 KB there, so what runs in 100 ms takes tens of MiB.
 """
 
 from __future__ import annotations
