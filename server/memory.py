@@ -16,8 +16,9 @@ def keep_freed() -> bool:
     """Have the C library keep up to 512 MiB of freed memory for the next batch; whether it took it.
 
     By default glibc gives it back to the kernel at the end of nearly every operation, and each page has to be asked for
-    again: 96 short texts through all-MiniLM-L6-v2 met 3,600 page faults in float32 and 17,700 in int8, now none; CPU
-    time a token fell from 195 to 178 µs and from 145 to 109. Call it once the weights are read: their loading counts on
+    again: 96 short texts through all-MiniLM-L6-v2 met 3,600 page faults in float32 and 17,700 in int8, now nearly none;
+    CPU time a token fell from 144 to 109 µs in int8, from 204 to 178 in float32 (mixed and long texts: 185 to 185, 195
+    to 192). Call it once the weights are read: their loading counts on
     memory that goes back at once.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
