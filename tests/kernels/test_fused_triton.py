@@ -146,9 +146,7 @@ def test_gate(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("tokens", "heads", "kv_heads", "head_dim"), [(1, 16, 8, 128), (123, 6, 2, 16), (5, 3, 3, 24)]
-)
+@pytest.mark.parametrize(("tokens", "heads", "kv_heads", "head_dim"), [(1, 16, 8, 128), (123, 6, 2, 16), (5, 3, 3, 24)])
 def test_norm_and_rotation(
     call: Callable[..., Tensor], tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> None:
