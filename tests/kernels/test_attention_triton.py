@@ -19,8 +19,9 @@ from embedserve.kernels.attention import PROGRAM_LENGTHS
 Floats = npt.NDArray[np.float32]
 Attended = Callable[..., torch.Tensor]
 
-# Of half precision: the rounding of outputs near 1, and of the weights.
-TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+# Of half precision: the rounding of outputs near 1, and of the weights. Of float32: three products of TF32's keep 22 of
+# its 24 bits, and tensor cores cut sums off instead of rounding them.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 def attend(
@@ -101,14 +102,14 @@ def test_all_switches_at_once(attended: Attended) -> None:
     lengths = [7, 140]
     qkv = torch.randn(sum(lengths), 4 + 2 * 2, 16)
     expected = exact(qkv, lengths, alibi_slopes(4, qkv.device), kv_heads=2, causal=True)
-    assert far(attended(qkv, lengths, kv_heads=2, causal=True, alibi=True), expected) < 5e-6
+    assert far(attended(qkv, lengths, kv_heads=2, causal=True, alibi=True), expected) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("head_dim", [7, 16, 24, 80, 256])
 def test_a_head_may_have_any_width(attended: Attended, head_dim: int) -> None:
     lengths = [2, 41]
     qkv = torch.randn(sum(lengths), 3 * 2, head_dim)
-    assert far(attended(qkv, lengths), exact(qkv, lengths)) < 5e-6
+    assert far(attended(qkv, lengths), exact(qkv, lengths)) < TOLERANCE[torch.float32]
 
 
 def test_many_rows_of_one_token(attended: Attended, request: pytest.FixtureRequest) -> None:
@@ -116,7 +117,7 @@ def test_many_rows_of_one_token(attended: Attended, request: pytest.FixtureReque
     rows = 200 if INTERPRETER in request.node.callspec.id else 1000
     qkv = torch.randn(rows, 3, 16)
     # A token that sees itself alone is its own value.
-    assert torch.equal(attended(qkv, [1] * rows), qkv[:, 2])
+    assert far(attended(qkv, [1] * rows), qkv[:, 2].double()) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["both directions", "causal"])
@@ -126,7 +127,7 @@ def test_rows_may_be_empty_and_shorter_than_was_said(attended: Attended, causal:
     qkv = torch.randn(sum(lengths), 3 * 2, 16)
     expected = exact(qkv, lengths, causal=causal)
     for longest in (20, 64, 512):
-        assert far(attended(qkv, lengths, causal=causal, longest=longest), expected) < 5e-6
+        assert far(attended(qkv, lengths, causal=causal, longest=longest), expected) < TOLERANCE[torch.float32]
 
 
 def test_a_broken_row_leaves_its_neighbours_alone(attended: Attended) -> None:

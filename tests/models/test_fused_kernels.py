@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from tests import checkpoints
+from tests.gpu import no_waiting
 from tests.kernels.triton_calls import GPU, interpreter
 from tests.models.packed import pack, random_texts
 
@@ -69,11 +70,8 @@ def states(
     found = compute()
     if device.type == "cuda":
         # Once more, now that everything is compiled: nothing on the way may wait for the device.
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waiting():
             found = compute()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     return found.float().cpu().numpy()
 
 

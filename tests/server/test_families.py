@@ -14,6 +14,7 @@ from embedserve.server.device import DeviceError
 from embedserve.server.graphs import BUCKETS, bucket_for
 from embedserve.server.runner import Embedded, Runner
 from tests import checkpoints
+from tests.gpu import no_waiting
 from tests.server.test_runner import Tight
 
 TEXTS = ["What is a search engine?", "x", "你好，世界。", "Große Städte " * 20, "search engine " * 40]
@@ -149,15 +150,12 @@ def test_the_host_never_waits_between_launches_and_graphs_change_nothing(
     expected = checkpoints.expected(model, folder, texts)
     # Their first time, some allocations wait.
     run(on_gpu, large)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         in_graph, eager = run(on_gpu, small), run(on_gpu, large)
         if outputs is not None:
             run(on_gpu, large[: len(outputs)], outputs)
         if "image" in on_gpu.info.modalities:
             on_gpu.run_images(np.zeros(2 * 224 * 224 * 3, np.uint8), np.array([768, 100], np.int32))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     tokens = sum(map(len, small))
     bucket = bucket_for(BUCKETS, tokens, len(small))
     assert bucket is not None
