@@ -90,6 +90,9 @@ class CudaStaging:
     @contextmanager
     def run(self, arrays: Mapping[str, Array], launch: Launch) -> Iterator[dict[str, Array]]:
         """See `Staging`. `launch` runs under a lock, with the compute stream current."""
+        # For this thread. Else each stream's block below would end by going back to cuda:0, and on another GPU's behalf
+        # take some hundred MB for a context there.
+        torch.cuda.set_device(self._device)
         slot = self._free.get()
         try:
             there = slot.send(list(arrays.values()), self._upload)

@@ -1,6 +1,9 @@
 """Arrays to the device and back: nothing mixed up, nothing waited for, nothing left behind by what fails."""
 
 import itertools
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -117,3 +120,20 @@ def test_a_batch_is_launched_while_the_one_before_it_runs(device: str) -> None:
     with staging.run(one, second) as host:
         assert host["a"].tolist() == [1]
     first.join(30)
+
+
+USES_THE_SECOND = """
+import numpy, torch
+from embedserve.server.staging import staging_of
+with torch.inference_mode(), staging_of(torch.device("cuda:1")).run({"a": numpy.ones(1, "i4")}, lambda there: there):
+    pass
+print(torch._C._cuda_hasPrimaryContext(0), torch._C._cuda_hasPrimaryContext(1))
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_gpu_takes_no_memory_of_another() -> None:
+    command, environment = [sys.executable, "-c", USES_THE_SECOND], {**os.environ, "PYTHONPATH": ".typing"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
