@@ -60,6 +60,8 @@ class Attend(Protocol):
 _SHORT = 96
 # Numbers of a bias of ALiBi that attend_padded makes at a time: 128 MiB in float32.
 _LARGEST_BIAS = 1 << 25
+# FlashAttention has the rows of a batch on an axis of its grid that ends there.
+_MOST_ROWS = 65_535
 
 
 def attend_by_runs(
@@ -153,12 +155,18 @@ def attend_varlen(
     """Packed rows in one kernel, in any of three dtypes: CUDA, Ampere or newer.
 
     torch's FlashAttention where it has all that is asked for, else ours: ALiBi, float32, a head_dim that is no multiple
-    of 8, grouped heads before torch 2.12. Both accumulate softmax and sums in float32, and take empty rows. Raises
-    RuntimeError from torch on other devices, ImportError where torch came without Triton.
+    of 8, more than 65,535 rows, grouped heads before torch 2.12. Both accumulate softmax and sums in float32, and take
+    empty rows. Raises RuntimeError from torch on other devices, ImportError where torch came without Triton.
     """
     _check_alibi(q, k, causal=causal, slopes=slopes)
     grouped = q.shape[1] != k.shape[1]
-    if slopes is not None or q.dtype == torch.float32 or q.shape[2] % 8 or (grouped and not _varlen_takes_groups()):
+    if (
+        slopes is not None
+        or q.dtype == torch.float32
+        or q.shape[2] % 8
+        or len(layout.cu_seqlens) - 1 > _MOST_ROWS
+        or (grouped and not _varlen_takes_groups())
+    ):
         # Imported here: CPU builds of torch come without Triton.
         from embedserve.kernels.attention_triton import attend_triton
 

@@ -200,7 +200,7 @@ def attend_triton(
 ) -> Tensor:
     """See `attention.Attend`; all of it, and slopes together with causal or grouped heads as well.
 
-    float16, bfloat16 or float32, head_dim up to 128, channels side by side; scores, softmax and sums are float32.
+    float16, bfloat16 or float32, head_dim up to 256, channels side by side; scores, softmax and sums are float32.
     Rows may be empty. Raises ValueError for anything else.
     """
     tokens, heads, head_dim = q.shape

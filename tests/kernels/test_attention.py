@@ -180,3 +180,23 @@ def test_our_kernel_agrees_with_the_librarys(dtype: torch.dtype, causal: bool) -
     layout = layout_of(lengths, "cuda")
     found, library = (attend(*qkv.unbind(1), layout, causal=causal) for attend in (attend_triton, attend_varlen))
     assert (found.float() - library.float()).abs().max() < TOLERANCE[dtype]
+
+
+def test_more_rows_than_the_librarys_grid_takes_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is published for Linux alone")
+    from embedserve.kernels import attention_triton
+
+    monkeypatch.setattr(attention_triton, "attend_triton", lambda q, *_, **__: q.flatten(1))
+    monkeypatch.setattr(attention, "_MOST_ROWS", 2)
+    q = torch.randn(3, 2, 16, dtype=torch.float16)
+    assert torch.equal(attend_varlen(q, q, q, layout_of([1, 1, 1])), q.flatten(1))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rows", [65_535, 65_536])
+def test_any_number_of_rows_runs(rows: int) -> None:
+    qkv = torch.randn(rows, 3, 2, 32, device="cuda", dtype=torch.float16)
+    # A token that sees itself alone is its own value.
+    found = attend_varlen(*qkv.unbind(1), layout_of([1] * rows, "cuda"))
+    assert torch.equal(found, qkv[:, 2].flatten(1))
