@@ -18,6 +18,7 @@ from embedserve.server import threads as cpu_threads
 __all__ = [
     "DeviceError",
     "OutOfMemoryError",
+    "check_compiler",
     "device_name",
     "is_out_of_memory",
     "memory_left",
@@ -42,10 +43,21 @@ class OutOfMemoryError(BatchError):
     """A single text or image for which the device has not memory enough; the device goes on."""
 
 
-def pick_device(asked: str) -> torch.device:
-    """The device that "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N" means. Raises DeviceError."""
+# Where NVIDIA's driver is loaded.
+_DRIVER = Path("/dev/nvidiactl")
+
+
+def pick_device(asked: str, progress: Callable[[str], None]) -> torch.device:
+    """The device that "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N" means. Raises DeviceError.
+
+    progress: called with a line of text where "auto" takes the CPU of a machine with a GPU.
+    """
     if asked == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda:0")
+        if _DRIVER.exists():
+            progress(f"NVIDIA's driver is loaded, but {_why_no_cuda()}: the CPU, which is far slower")
+        return torch.device("cpu")
     kind, _, index = asked.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdecimal()) or (kind == "cpu" and index):
         raise DeviceError(f"device {asked!r} is unknown; expected auto, cpu, cuda or cuda:N")
@@ -53,11 +65,16 @@ def pick_device(asked: str) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
-        built = "this torch is built without CUDA" if torch.version.cuda is None else "the driver shows no GPU"
-        raise DeviceError(f"device {asked!r}: no CUDA device is there ({built}); use --device cpu or auto")
+        raise DeviceError(f"device {asked!r}: no CUDA device is there ({_why_no_cuda()}); use --device cpu or auto")
     if index and int(index) >= count:
         raise DeviceError(f"device {asked!r}: there are {count} CUDA devices, the last is cuda:{count - 1}")
     return torch.device("cuda", int(index or 0))
+
+
+def _why_no_cuda() -> str:
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    return f"the driver shows no GPU to this torch, which is for CUDA {torch.version.cuda}"
 
 
 # Activations of these grow beyond float16's range, and vectors would hold infinities.
@@ -95,6 +112,23 @@ def pick_dtype(asked: str, device: torch.device, config: ModelConfig, progress: 
     if dtype == torch.bfloat16 and not has_bfloat16:
         raise DeviceError(f"dtype bfloat16: {device_name(device)} has none; use float16 or float32")
     return dtype
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise DeviceError where Triton, which makes the kernels of a GPU, cannot begin: it compiles a C module first."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _AMPERE:
+        return
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+    # Whatever fails of a compiler, its linker, or the folder where the module is to lie.
+    except Exception as error:
+        said = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise DeviceError(
+            f"Triton, which makes the kernels for {device}, cannot begin ({said}): it needs a C compiler (gcc, or what "
+            "CC names), Python's headers (python3-dev), and a folder that it may write to (TRITON_CACHE_DIR)"
+        ) from error
 
 
 def _why_not_on_cpu(dtype: torch.dtype) -> str | None:

@@ -133,13 +133,14 @@ class Runner:
         pin: on the CPU, give each thread a core of its own where they are as many; see `threads.pin`.
         progress: called with a line of text at each step.
 
-        Raises DeviceError for a device or dtype that is not there, or weights that have no room there, CheckpointError
-        for a checkpoint that cannot be run.
+        Raises DeviceError for a device or dtype that is not there or cannot be used, or weights that have no room
+        there, CheckpointError for a checkpoint that cannot be run.
         """
         if config is None:
             config = read_config(folder)
-        place = devices.pick_device(device)
+        place = devices.pick_device(device, progress)
         kind = devices.pick_dtype(dtype, place, config, progress)
+        devices.check_compiler(place)
         count = devices.set_threads(threads)
         # Large enough an operation to be shared out among all workers.
         if pin and place.type == "cpu" and cpu_threads.pin(count, lambda: torch.ones(1 << 20).add_(1.0)):

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ from embedserve.models.backend import Backend
 from embedserve.models.batch import Ints, PackedBatch
 from embedserve.models.catalog import locate
 from embedserve.models.errors import BatchError, CheckpointError
+from embedserve.server import device as devices
 from embedserve.server.device import DeviceError, OutOfMemoryError
 from embedserve.server.runner import Runner
 
@@ -253,6 +255,35 @@ def test_devices_and_dtypes_that_are_not_there(folder: Path, options: dict[str, 
 def test_a_gpu_that_is_not_there_is_an_error_and_no_silent_cpu(folder: Path) -> None:
     with pytest.raises(DeviceError, match="no CUDA device is there"):
         Runner.load(folder, device="cuda")
+
+
+def test_a_gpu_that_auto_cannot_take_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said: list[str] = []
+    monkeypatch.setattr(devices, "_DRIVER", tmp_path / "none")
+    assert devices.pick_device("auto", said.append).type == "cpu"
+    assert not said
+    monkeypatch.setattr(devices, "_DRIVER", tmp_path)
+    assert devices.pick_device("auto", said.append).type == "cpu"
+    assert re.fullmatch("NVIDIA's driver is loaded, but .*torch.*: the CPU, which is far slower", *said)
+
+
+@pytest.mark.parametrize("why", ["Failed to find C compiler. Please specify", "libcuda.so cannot found!\nPossible", ""])
+def test_a_gpu_without_a_compiler_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    runtime = pytest.importorskip("triton.runtime", reason="Triton is published for Linux alone")
+
+    def fails() -> None:
+        raise RuntimeError(why)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(runtime.driver, "_active", SimpleNamespace(get_current_target=fails))
+    said = re.escape(why.partition("\n")[0] or "RuntimeError")
+    with pytest.raises(DeviceError, match=rf"cuda:1, cannot begin \({said}\): it needs a C compiler"):
+        devices.check_compiler(torch.device("cuda:1"))
+    # GPUs that have no kernels of Triton's, and CPUs, need none.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    devices.check_compiler(torch.device("cuda:1"))
+    devices.check_compiler(torch.device("cpu"))
 
 
 def test_an_unknown_backend_is_refused(folder: Path) -> None:
