@@ -186,3 +186,15 @@ def test_the_way_for_ascii_gives_the_same_ids(lowercase: bool, strip_accents: bo
         assert one.ids == other.ids
 
     check()
+
+
+def test_an_added_token_with_an_accent_is_found_in_ascii_too(tmp_path: Path) -> None:
+    definition = json.loads(MINILM.read_text())
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+    definition["added_tokens"].append({"id": 30_522, "content": "café", **flags})
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(definition))
+    tokenizer = Tokenizer.load(path, max_tokens=256)
+    encoded = tokenizer.encode(["a cafe"], Truncate.NONE, 100)
+    assert encoded.ids.tolist() == tokenizer._rust.encode("a cafe").ids
+    assert 30_522 in encoded.ids

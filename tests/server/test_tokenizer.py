@@ -345,13 +345,24 @@ def test_the_pool_raises_what_the_tokenizer_raises(minilm: Tokenizer, copies: in
     assert caught.value.index == copies
 
 
-def test_short_requests_are_done_without_a_thread(minilm: Tokenizer) -> None:
+def test_a_text_of_which_no_token_is_left_is_refused(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(word_level(tmp_path), max_tokens=8)
+    with pytest.raises(InvalidTextError, match="no token") as caught:
+        tokenizer.encode(["one", " "], Truncate.NONE, NO_LIMIT)
+    assert caught.value.index == 1
+
+
+@pytest.mark.parametrize(("copies", "threads"), [(1, 0), (1000, 1)])
+def test_short_requests_are_done_without_a_thread(minilm: Tokenizer, copies: int, threads: int) -> None:
     async def encode() -> int:
         pool = TokenizerPool(1)
-        await pool.encode(minilm, ["hello"], Truncate.NONE, NO_LIMIT)
-        return len(pool._executor._threads)
+        try:
+            await pool.encode(minilm, ["a"] * copies, Truncate.NONE, NO_LIMIT)
+            return len(pool._executor._threads)
+        finally:
+            pool.close()
 
-    assert run(encode()) == 0
+    assert run(encode()) == threads
 
 
 def test_a_large_request_shares_the_only_thread(minilm: Tokenizer) -> None:
