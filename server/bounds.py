@@ -74,7 +74,7 @@ class Texts:
         """A batch, the same one each time: ids int32 [tokens], lengths int32 [rows]."""
         shortest, longest = (min(length, self.max_tokens) for length in _LENGTHS[self.cost])
         # Texts are whole, so a batch falls short of its bound by half a text on average.
-        tokens = bound - (shortest + longest) // 4
+        tokens = bound - min((shortest + longest) // 4, bound // 2)
         lengths = np.random.default_rng(0).integers(shortest, longest, tokens, dtype=np.int32, endpoint=True)
         lengths = lengths[: int(np.searchsorted(np.cumsum(lengths), tokens)) + 1]
         lengths[-1] -= lengths.sum() - tokens

@@ -129,16 +129,21 @@ def make_teams(
     if any(info.device != "cpu" for info in infos.values()):
         return Teams([wide, *(Team(f"device-{i}") for i in range(1, concurrency))], InTurn(concurrency, _LAUNCH_S), own)
     threads = next(iter(infos.values())).threads
-    # ONNX Runtime has one pool of threads of its own, whoever calls it.
-    if threads == 1 or any(info.backend == "onnx" for info in infos.values()):
+    # ONNX Runtime has one pool of threads of its own, whoever calls it. Modules of transformers are not for two threads
+    # at once: some rewrite their rotary table in each forward pass, by the length of that batch.
+    if threads == 1 or any(info.backend != "native" for info in infos.values()):
         return Teams([wide], InTurn(1), own)
 
     probes = {
-        name: _Probe(runner, bounds.Texts(infos[name].cost, models[name].max_tokens, models[name].vocab_size))
+        name: _Probe(
+            runner,
+            bounds.Texts(infos[name].cost, models[name].max_tokens, models[name].vocab_size),
+            max_batch_tokens,
+        )
         for name, runner in runners.items()
     }
-    alone = {name: probe.measure([wide], max_batch_tokens) for name, probe in probes.items()}
-    found = {Layout(1, threads): alone, **_side_by_side(probes, alone, cores, threads, max_batch_tokens)}
+    alone = {name: probe.measure([wide]) for name, probe in probes.items()}
+    found = {Layout(1, threads): alone, **_side_by_side(probes, alone, cores, threads)}
     chosen = best(found)
     for layout, rates in found.items():
         reached = ", ".join(f"{name} {measured.rate:,.0f} tokens/s" for name, measured in rates.items())
@@ -159,16 +164,15 @@ def _side_by_side(
     alone: Mapping[str, Measured],
     cores: Sequence[int],
     threads: int,
-    max_batch_tokens: int | None,
 ) -> dict[Layout, dict[str, Measured]]:
     """Measure each layout, fewest teams first, as far as the smallest batch of every model does not take too long."""
     allowed = {name: max(_LONGEST_S, _HARDLY_LONGER * wide.bound / wide.rate) for name, wide in alone.items()}
     found: dict[Layout, dict[str, Measured]] = {}
     for layout in layouts(threads):
         members = start(layout, cores, pinned=threads == len(cores))
-        quick = all(probe.is_quick(members, max_batch_tokens, allowed[name]) for name, probe in probes.items())
+        quick = all(probe.is_quick(members, allowed[name]) for name, probe in probes.items())
         if quick:
-            found[layout] = {name: probe.measure(members, max_batch_tokens) for name, probe in probes.items()}
+            found[layout] = {name: probe.measure(members) for name, probe in probes.items()}
         for team in members:
             team.close()
         if not quick:
@@ -217,27 +221,29 @@ def _settle(threads: int, cores: Sequence[int], own: Sequence[int] | None) -> No
 
 
 class _Probe:
-    """Measures teams with one model."""
+    """Measures teams with one model, in batches of growing size, or of the one that the operator has given."""
 
-    def __init__(self, runner: Runner, texts: bounds.Texts) -> None:
+    def __init__(self, runner: Runner, texts: bounds.Texts, max_batch_tokens: int | None) -> None:
         self._runner = runner
         self._texts = texts
+        self._given = max_batch_tokens
+        self._smallest = max_batch_tokens or bounds.SMALLEST
 
-    def is_quick(self, teams: Sequence[Team], max_batch_tokens: int | None, allowed: float) -> bool:
-        """Whether the smallest batch, or the one that is given, runs in so many seconds."""
+    def is_quick(self, teams: Sequence[Team], allowed: float) -> bool:
+        """Whether the smallest batch runs in so many seconds."""
         for _ in range(3):
-            seconds = self._seconds(teams, max_batch_tokens or bounds.SMALLEST)
+            seconds = self._seconds(teams, self._smallest)
             # What is disturbed once is tried again; what is far too slow would take seconds more.
             if seconds <= allowed or seconds > 4 * allowed:
                 return seconds <= allowed
         return False
 
-    def measure(self, teams: Sequence[Team], max_batch_tokens: int | None) -> Measured:
-        """Run batches of growing size on all teams at once, or of the size that is given."""
+    def measure(self, teams: Sequence[Team]) -> Measured:
+        """Run batches on all teams at once."""
         samples: dict[int, bounds.Sample] = {}
         # Several times: what other processes disturb once they leave alone the next.
         for _ in range(3):
-            size = max_batch_tokens or bounds.SMALLEST
+            size = self._smallest
             while True:
                 seconds = self._seconds(teams, size)
                 known = samples.get(size)
@@ -245,9 +251,12 @@ class _Probe:
                     len(self._texts.within(size)[0]), seconds if known is None else min(known.seconds, seconds), 0
                 )
                 # The next one takes about twice as long.
-                if max_batch_tokens is not None or 2 * samples[size].seconds > _LONGEST_S:
+                if self._given is not None or 2 * samples[size].seconds > _LONGEST_S:
                     break
                 size *= 2
+            # Of so long a run little is disturbed, and it is the only size: large models would take half a minute.
+            if samples[self._smallest].seconds > 4 * _LONGEST_S:
+                break
         bound = bounds.choose(samples, longest_s=_LONGEST_S, memory=None)
         return Measured(len(teams) * bound.rate, bound.tokens)
 

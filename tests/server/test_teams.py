@@ -2,6 +2,8 @@
 
 import os
 import threading
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -122,6 +124,27 @@ def test_an_engine_on_a_cpu_has_teams_by_what_was_measured(
     assert teams(10_000.0, 10_100.0) == InTurn(1)
     assert teams(10_000.0) == InTurn(1), "a batch of one core would take too long"
     wide.close()
+
+
+@two_cores
+def test_a_bound_of_few_tokens_is_measured_as_any_other(config: ModelConfig) -> None:
+    wide, runner = load(config, 2)
+    said: list[str] = []
+    made = make_teams(
+        {"m": runner}, wide, models={"m": config}, cores=available_cores(), max_batch_tokens=16, progress=said.append
+    )
+    assert "1 team of 2 threads" in said[0]
+    made.close()
+
+
+@pytest.mark.parametrize("backend", ["onnx", "transformers"])
+def test_what_others_have_written_runs_on_one_team(backend: str) -> None:
+    info = SimpleNamespace(backend=backend, device="cpu", threads=8, max_batch_tokens=512, concurrency=1)
+    runner: Any = SimpleNamespace(info=info)
+    wide = Team("wide")
+    made = make_teams({"m": runner}, wide, models={}, cores=range(8), max_batch_tokens=None, progress=print)
+    assert (made.schedule, made.members) == (InTurn(1), [wide])
+    made.close()
 
 
 def test_one_thread_is_one_team(config: ModelConfig) -> None:
