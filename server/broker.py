@@ -305,7 +305,7 @@ class Broker:
             case wire.BatchDone():
                 self._batch_done(engine, message, payload)
             case wire.BatchFailed():
-                self._lose_batch(engine.batches.pop(message.batch), ran=True, code="internal")
+                self._lose_batch(engine.batches.pop(message.batch), ran=True, code=message.code)
             case _:
                 raise wire.FrameError(f"{type(message).__name__} from an engine")
 

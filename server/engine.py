@@ -25,7 +25,7 @@ from embedserve.models.config import ModelConfig
 from embedserve.models.errors import BatchError, ModelError
 from embedserve.server import wire
 from embedserve.server.arrays import pack
-from embedserve.server.device import DeviceError
+from embedserve.server.device import DeviceError, OutOfMemoryError
 from embedserve.server.process import Liveness
 from embedserve.server.runner import Embedded, Runner
 from embedserve.server.schedule import Estimates, Kind, Offer
@@ -112,8 +112,8 @@ class Engine:
         """Whether the device can be used no more by this process."""
 
     async def keep_connected(self, address: str) -> None:
-        """Serve the broker at this address, and its successors, until cancelled."""
-        while True:
+        """Serve the broker at this address, and its successors, until cancelled, or the device is spent."""
+        while not self._spent:
             connection = await wire.connect(address, lambda: wire.FramedConnection(self._on_frame, self._on_close))
             connection.send(wire.Hello("engine", os.getpid()))
             models = [ready for name in self._runners for ready in self._announce(name)]
@@ -216,7 +216,8 @@ class Engine:
         info, share = self._runners[batch.run.model].info, self._schedule.share(team)
         # Where batches run in turn, this one has waited on the device for the one before it.
         begun = max(ran.started, self._last_end) if self._schedule.in_turn else ran.started
-        seconds, self._last_end = ran.ended - begun, ran.ended
+        # Two that end at once may come here the other way round.
+        seconds, self._last_end = max(0.0, ran.ended - begun), ran.ended
         answer: wire.BatchDone | wire.BatchFailed
         payload: list[wire.Buffer] = []
         if isinstance(ran.result, Exception):
@@ -225,7 +226,8 @@ class Engine:
             log.error("a batch failed", exc_info=ran.result, extra=facts)
             # After an error of CUDA nothing runs any more in this process.
             self._spent = self._spent or (info.device != "cpu" and not isinstance(ran.result, BatchError))
-            answer = wire.BatchFailed(batch.run.batch)
+            code = "out_of_memory" if isinstance(ran.result, OutOfMemoryError) else "internal"
+            answer = wire.BatchFailed(batch.run.batch, code)
         else:
             self._estimates.learn(batch.kind(share), batch.tokens, seconds)
             not_finite = np.flatnonzero(~ran.result.finite).tolist()
@@ -233,6 +235,11 @@ class Engine:
             computed = ran.result.computed_tokens
             answer = wire.BatchDone(batch.run.batch, names, share * seconds, computed, not_finite)
             payload = [*buffers]
+        if self._spent:
+            # The end of the connection is the answer. To another one the broker might send this engine its next batch,
+            # of a request that it would then hold to blame for the end.
+            self._connection.close()
+            return
         # The next one first: it only takes a hand-over, and then the team is busy while this one is sent.
         self._start()
         batch.connection.send(answer, payload)

@@ -10,7 +10,7 @@
     ├── AuthenticationError       401
     ├── RateLimitError            429
     ├── UpstreamLimitError        429, of the upstream that a model is relayed to
-    ├── OverloadedError           503: the queue is full, a model is loading, the engine restarts, an upstream is away
+    ├── OverloadedError           503, not now: `OverloadedError.MESSAGES` has the reasons
     ├── UpstreamError             502: an upstream that refuses this server, or whose answer cannot be used
     └── InternalError             500, without internals
 
@@ -209,6 +209,8 @@ class OverloadedError(APIError):
         "model_loading": "The model is still being loaded. Please try again later.",
         "shutting_down": "The server is shutting down. Please try again later.",
         "engine_restarting": "The engine that runs this model is being restarted. Please try again later.",
+        "out_of_memory": "The device has not memory enough for one of the inputs now. Please try again later, or send "
+        "a shorter one.",
         "upstream_unavailable": "The upstream that this model is relayed to cannot be reached, is too slow or fails. "
         "Please try again later.",
     }

@@ -166,7 +166,8 @@ class Parts(_Message, frozen=True):
 
 
 class WorkFailed(_Message, frozen=True):
-    """Request `id` gets no vectors. `code` is a row of `errors.WORK_ERRORS`; `index` the guilty text where known."""
+    """Request `id` gets no vectors. `code` is a key of `errors.OverloadedError.MESSAGES`, ``internal``, or
+    ``not_finite``, and then `index` is the guilty text."""
 
     id: int
     code: str
@@ -269,9 +270,11 @@ class BatchDone(_Message, frozen=True):
 
 
 class BatchFailed(_Message, frozen=True):
-    """The batch raised an exception in the engine, which lives on. The engine has logged it."""
+    """The batch raised an exception in the engine, which lives on. The engine has logged it. `code` as in `WorkFailed`,
+    for a request that ran alone."""
 
     batch: int
+    code: str
 
 
 Message = (

@@ -18,14 +18,16 @@ from embedserve.server import wire
 from embedserve.server.arrays import Rows
 from embedserve.server.broker import Broker
 from embedserve.server.client import BrokerClient, NotFiniteError, Result, RunError, Texts
+from embedserve.server.device import OutOfMemoryError
 from embedserve.server.engine import Engine
 from embedserve.server.errors import OverloadedError
 from embedserve.server.runner import Embedded
 from embedserve.server.schedule import InTurn, Pace, Schedule, SideBySide
 from embedserve.server.teams import Team, Teams
 
-FAILS, NAN, SLOW, GATE = 666, 13, 1000, 2000
-"""Token ids that make a batch raise, their own vector not finite, the batch take a while, or wait at the gate."""
+FAILS, TOO_LARGE, NAN, SLOW, GATE = 666, 777, 13, 1000, 2000
+"""Token ids that make a batch raise, need too much memory, have a vector that is not finite, take a while, or wait at
+the gate."""
 
 
 @dataclass
@@ -55,6 +57,8 @@ class FakeRunner:
         self.threads.append(threading.current_thread().name)
         if FAILS in ids:
             raise RuntimeError("the device says no")
+        if TOO_LARGE in ids:
+            raise OutOfMemoryError("a text of so many tokens does not fit")
         if SLOW in ids:
             time.sleep(0.2)
         if GATE in ids:
@@ -193,6 +197,39 @@ def test_after_an_error_of_a_gpu_the_engine_asks_to_be_replaced() -> None:
             await asyncio.sleep(0.01)
         assert there.runner.batches == [[FAILS]], "and takes nothing more"
         failing.cancel()
+
+    story(told, FakeRunner(device="cuda:0"))
+
+
+def test_no_other_request_pays_for_an_error_of_a_gpu() -> None:
+    async def told(there: World) -> None:
+        await there.run([1])  # from now on there is an estimate, and the next batch is asked for while one runs
+        good, bad = asyncio.create_task(there.run([2])), asyncio.create_task(there.run([FAILS]))
+        await until(there.engine.is_lost)
+        await asyncio.sleep(0.05)  # it lives on for a while, in which nothing may be sent to it
+        there.engine._connection.close()
+        engine, teams = engine_of(FakeRunner(), ONE_TEAM)
+        connected = asyncio.create_task(engine.keep_connected(there.client._address))
+        assert dense(await good) == [[2, 1]]
+        with pytest.raises(RunError):
+            await bad
+        assert there.runner.batches == [[1], [2, FAILS]]
+        connected.cancel()
+        engine._connection.close()
+        await asyncio.sleep(0.05)
+        teams.close()
+
+    story(told, FakeRunner(device="cuda:0"))
+
+
+def test_a_text_for_which_memory_is_short_is_told_so_and_the_gpu_goes_on() -> None:
+    async def told(there: World) -> None:
+        good, bad = await asyncio.gather(there.run([1], [2]), there.run([TOO_LARGE]), return_exceptions=True)
+        assert isinstance(good, Result)
+        assert dense(good) == [[1, 1], [2, 1]]
+        assert isinstance(bad, OverloadedError)
+        assert (bad.status, bad.code) == (503, "out_of_memory")
+        assert not there.engine.is_lost()
 
     story(told, FakeRunner(device="cuda:0"))
 
