@@ -38,13 +38,17 @@ class Estimates:
         return None if cost is None else cost * tokens
 
     def at_most(self, kind: Kind, tokens: int) -> float | None:
-        """A bound for a batch of any kind: shorter texts' cost, as if all of it grew with the length. None at first."""
+        """A bound for a batch of any kind: its own cost, or that of the next shorter texts that are known, as if all of
+        it grew with the length. None at first."""
         shorter = [
-            cost * 2 ** (kind.length - other.length)
+            (other.length, cost)
             for other, cost in self._seconds_per_token.items()
             if other[:3] == kind[:3] and other.length <= kind.length
         ]
-        return max(shorter) * tokens if shorter else None
+        if not shorter:
+            return None
+        length, cost = max(shorter)
+        return cost * 2.0 ** (kind.length - length) * tokens
 
     def learn(self, kind: Kind, tokens: int, seconds: float) -> None:
         """A batch of so many tokens has taken so long."""

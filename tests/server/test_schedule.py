@@ -85,7 +85,10 @@ def test_long_texts_have_an_estimate_of_their_own() -> None:
     assert estimates.seconds(kind(9), 9) == pytest.approx(0.009)
     assert estimates.seconds(kind(8192), 8192) is None
     assert estimates.at_most(kind(8192), 8192) == pytest.approx(8192 * 0.001 * 2**10)
+    estimates.learn(kind(2048), 2048, 1.0)
+    assert estimates.at_most(kind(8192), 8192) == pytest.approx(16.0), "the nearer, the closer: hangs shall show"
     estimates.learn(kind(8192), 8192, 4.0)
+    assert estimates.at_most(kind(8192), 8192) == pytest.approx(4.0)
     assert estimates.seconds(kind(8192), 8192) == pytest.approx(4.0)
     assert estimates.seconds(kind(10), 10) == pytest.approx(0.010)
     assert estimates.seconds(kind(8, share=0.5), 8) is None, "a narrow team has its own"
