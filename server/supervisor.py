@@ -79,7 +79,7 @@ class Supervisor:
         devices = config.device.split(",") if models.local else []
         for device, cores in zip(devices, _share_cores(devices), strict=True):
             self._children.append(_Child("engine", partial(self._engine, device, cores)))
-        for _ in range(config.front_ends or _front_ends_for(config.device)):
+        for _ in range(config.front_ends or _front_ends_for(config.device.split(","))):
             self._children.append(_Child("front end", self._front_end))
         self._stopping = False
         self._stop_signals: list[str] = []
@@ -337,9 +337,10 @@ def _share_cores(devices: list[str]) -> list[set[int]]:
     return shares
 
 
-def _front_ends_for(device: str) -> int:
+def _front_ends_for(devices: list[str]) -> int:
     """One where the CPU runs the models too; beside GPUs, one for each four cores."""
-    on_cpu = device == "cpu" or (device == "auto" and not os.path.exists("/dev/nvidiactl"))
+    cpus = {"cpu"} if os.path.exists("/dev/nvidiactl") else {"cpu", "auto"}
+    on_cpu = cpus.issuperset(devices)
     return 1 if on_cpu else max(1, len(os.sched_getaffinity(0)) // 4)
 
 
