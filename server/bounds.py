@@ -20,13 +20,17 @@ import torch
 
 from embedserve.models.batch import Ints
 
-__all__ = ["SMALLEST", "Bound", "Embed", "Sample", "Texts", "choose", "measure", "room"]
+__all__ = ["ONCE_IS_ENOUGH", "SMALLEST", "Bound", "Embed", "Sample", "Texts", "choose", "measure", "room"]
 
 Embed = Callable[[Ints, Ints], object]
 """Runs a batch, ids [tokens] and lengths [rows], to its end."""
 
 SMALLEST = 256
 """Tokens of the first batch that is tried, and the least bound."""
+
+ONCE_IS_ENOUGH = 4
+"""Times that the smallest batch passes the longest that a batch may take: it is the bound then whatever it takes, and a
+large model on a few cores needs half a minute to repeat it."""
 
 _LARGEST = {"cpu": 8192, "cuda": 262_144}
 _LONGEST_S = {"cpu": 0.100, "cuda": 0.020}
@@ -101,6 +105,8 @@ def measure(embed: Embed, texts: Texts, device: torch.device) -> Bound:
             if samples[size].seconds * 2 > longest_s or (memory is not None and samples[size].peak * 2 > memory):
                 break
             size *= 2
+        if samples[SMALLEST].seconds > ONCE_IS_ENOUGH * longest_s:
+            break
     return choose(samples, longest_s=longest_s, memory=memory)
 
 

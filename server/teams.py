@@ -254,8 +254,7 @@ class _Probe:
                 if self._given is not None or 2 * samples[size].seconds > _LONGEST_S:
                     break
                 size *= 2
-            # Of so long a run little is disturbed, and it is the only size: large models would take half a minute.
-            if samples[self._smallest].seconds > 4 * _LONGEST_S:
+            if samples[self._smallest].seconds > bounds.ONCE_IS_ENOUGH * _LONGEST_S:
                 break
         bound = bounds.choose(samples, longest_s=_LONGEST_S, memory=None)
         return Measured(len(teams) * bound.rate, bound.tokens)

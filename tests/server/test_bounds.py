@@ -69,6 +69,18 @@ def test_rows_that_are_padded_are_measured_with_rows_of_one_length() -> None:
     assert set(lengths[:-1].tolist()) == {128}
 
 
+def test_what_takes_far_too_long_is_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, sizes = [0.0], []
+
+    def embed(ids: Ints, lengths: Ints) -> None:
+        sizes.append(len(ids))
+        clock[0] += 2.0
+
+    monkeypatch.setattr(bounds.time, "perf_counter", lambda: clock[0])
+    assert measure(embed, Texts("packed", 256, 100), CPU).tokens == bounds.SMALLEST
+    assert len(sizes) == 3
+
+
 def test_a_measurement_stops_where_batches_take_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, sizes = [0.0], []
 
