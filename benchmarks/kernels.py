@@ -136,13 +136,13 @@ def _table(options: argparse.Namespace, dtype: str, batches: Sequence[int], prog
     """Measure and print all cases of one dtype; the exit status."""
     device, kind, status = torch.device(options.device), getattr(torch, dtype), 0
     facts = machine.accelerator(options.device)
-    copied, multiplied = copy_rate(device), matrix_rate(options.device, dtype)
+    copied, multiplied = copy_rate(device), matrix_rate(options.device, dtype).flops
     progress.print(f"{facts['device']}, {dtype}; in µs, and as a share of the limit")
     for name in options.shapes:
         for tokens in batches:
             # Clocks rise and fall, and others work here too: of the rates beside the cases the highest is the limit.
             copied = max(copied, copy_rate(device, seconds=0.1))
-            multiplied = max(multiplied, matrix_rate(options.device, dtype, seconds=0.1))
+            multiplied = max(multiplied, matrix_rate(options.device, dtype, seconds=0.1).flops)
             progress.step(f"{name}, {tokens} tokens", 1)
             progress.print(f"copies at {copied / 1e9:,.0f} GB/s, products at {multiplied / 1e12:,.2f} TFLOP/s")
             for case in cases(Sizes.of(name), tokens, device, kind):

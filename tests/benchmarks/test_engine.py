@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from embedserve.benchmarks import bench, shapes
-from embedserve.benchmarks.engine import Cell, cells, pieces
+from embedserve.benchmarks import bench, engine, shapes
+from embedserve.benchmarks.engine import Cell, cells, matrix_rate, pieces
+from embedserve.kernels import dispatch, int8
 from embedserve.models.config import ModelConfig, read_config
 from embedserve.server.config import ConfigError
 
@@ -59,6 +61,24 @@ def test_every_shape_is_swept(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     before = output.read_text()
     assert run("--resume", *what) == 0
     assert output.read_text() == before
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_the_limit_is_the_fastest_product_of_all(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if dtype == "int8" and (why := int8.why_not()):
+        pytest.skip(why)
+    found = engine._products(torch.device("cpu"), getattr(torch, dtype), 8)
+    # The one that the engine multiplies with is among them: no share passes 100 % for want of it.
+    assert dispatch.choose(torch.device("cpu"), getattr(torch, dtype)).linear.__name__ in found
+    assert ("torch.mm" in found) == (dtype != "int8")
+    assert {tuple(call().shape) for call in found.values()} == {(8, 8)}
+    assert all(call().isfinite().all() for call in found.values())
+
+    # In seconds: of the products of 1024, then of those of 2048, eight times the arithmetic.
+    taken = iter([4.0, 2.0, 32.0, 20.0])
+    monkeypatch.setattr(engine, "_products", lambda *_: {"slow": None, "fast": None})
+    monkeypatch.setattr(engine, "_fastest", lambda *_: next(taken))
+    assert matrix_rate("cpu", dtype) == (2 * 1024**3 / 2.0, "fast")
 
 
 def test_cells_leave_out_what_the_model_does_not_take() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from embedserve.benchmarks import kernels
+from embedserve.benchmarks.engine import Rate
 from embedserve.benchmarks.kernels import Sizes, cases, rows_of
 
 
@@ -18,7 +19,7 @@ def test_a_run_ends_in_a_line_for_each_operation(
     options = ["--device", "cpu", "--dtypes", "float32", "--shapes", "minilm", "--tokens", "16"]
     monkeypatch.setattr(sys, "argv", ["kernels", *options, "--seconds", "0", "--output", str(file)])
     monkeypatch.setattr(kernels, "copy_rate", lambda *_, **__: 1e10)
-    monkeypatch.setattr(kernels, "matrix_rate", lambda *_, **__: 1e9)
+    monkeypatch.setattr(kernels, "matrix_rate", lambda *_, **__: Rate(1e9, "torch.mm"))
     assert kernels.main() == 0
     lines = {line["operation"]: line for line in map(json.loads, file.read_text().splitlines())}
     assert set(lines) == {
