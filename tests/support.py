@@ -19,14 +19,17 @@ MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 class RunningServer:
-    """`embedserve serve` on a free port, as a user would start it. Use it with `with`."""
+    """`embedserve serve` on a free port, as a user would start it. Use it with `with`.
+
+    On the CPU, unless the options name a device: what the tests compare with is float32.
+    """
 
     def __init__(self, *options: str, environment: Mapping[str, str] | None = None, wait: bool = True) -> None:
         self._log = tempfile.NamedTemporaryFile(prefix="embedserve-test-", suffix=".log")  # noqa: SIM115 - closed in __exit__
         self._wait = wait
         clean = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDSERVE_")}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "embedserve.server.cli", "serve", "--port", "0", *options],
+            [sys.executable, "-m", "embedserve.server.cli", "serve", "--port", "0", "--device", "cpu", *options],
             stdout=subprocess.PIPE,
             stderr=self._log,
             stdin=subprocess.DEVNULL,
