@@ -1,6 +1,6 @@
 """How does this server compare with its peers: Infinity over HTTP, sentence-transformers in a process without HTTP?
 
-All of it, servers started and ended by the script, in about six minutes (rounds.py says how parties take turns):
+All of it, servers started and ended by the script, in about eight minutes (rounds.py says how parties take turns):
 
     python -m embedserve.benchmarks.peers --infinity .venv-infinity --sentence-transformers
 
@@ -299,7 +299,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--encoding-format", choices=["base64", "float"], default="base64", help="of the answers")
     parser.add_argument("--scenarios", nargs="+", choices=names, default=names, help="what to measure")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each party, if the time is enough")
-    parser.add_argument("--limit", type=float, default=400, help="seconds of the whole run")
+    parser.add_argument("--limit", type=float, default=480, help="seconds of the rounds and what is before them")
     parser.add_argument("--clients", type=int, help="instead of the scenarios' own, where there are many")
     parser.add_argument("--scale", type=float, default=1.0, help="times the requests a round")
     parser.add_argument("--timeout", type=float, default=60.0, help="of a request, in seconds")

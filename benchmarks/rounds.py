@@ -30,6 +30,8 @@ T = TypeVar("T")
 # Below it two parties do not do the same work: half precision keeps 0.999.
 SAME_WORK = 0.999
 LIMIT_SECONDS = 0.5
+# A median of fewer says nothing. They may take more than the scenario's share: of the time that others leave.
+LEAST_ROUNDS = 3
 
 
 class Run:
@@ -70,7 +72,7 @@ class Run:
         try:
             for number in range(1, self._options.rounds + 1):
                 started = time.monotonic()
-                if started + longest > until:
+                if started + longest > (self._until if number <= LEAST_ROUNDS else until):
                     self._progress.step(f"{scenario.name}: no time for round {number} of {self._options.rounds}")
                     break
                 texts = Texts(scenario, self._words, number)
