@@ -24,5 +24,7 @@ Scripts, one question each, which append to results/ (see the Makefile):
     peers.py       rates and latencies over HTTP, against Infinity and sentence-transformers, started and ended here
     host.py        the CPU that a request costs each process of the server
     loading.py     host memory while a model is loaded
-    figures.py     the tables of README.md and docs/benchmarks.md, from results/
+    kernels.py     each operation of kernels/, and its share of the limit of memory or arithmetic
+    backends.py    backends and dtypes of the CPU, in turns
+    figures.py     the tables of README.md and docs/, from results/
 """

@@ -4,8 +4,11 @@ Each side is a Runner in this process, on the same threads; they take turns, and
 The first is native in float32; a ratio is to its turn in the same round. The cosine is the lowest of any text's to it.
 No tokenizer inside the clock. A side that this machine or model has not is left out, with its reason on stderr.
 
-    python -m embedserve.benchmarks.backends
-    python -m embedserve.benchmarks.backends --sides native:float32 native:int8 onnx:float32 --model ./folder-with-onnx
+    python -m embedserve.benchmarks.backends --model ./folder-with-onnx
+    python -m embedserve.benchmarks.backends --sides native:float32 native:int8
+
+The backend onnx needs a graph in the model's folder. `make bench-backends` makes one first: `embedserve export`, in an
+environment of its own, on a copy of the model in build/, which it gives as the folder.
 
 Ends in one JSON line a kind of text, appended to benchmarks/results/backends.jsonl.
 """
@@ -99,7 +102,11 @@ def main() -> None:
                 folder, config=config, device="cpu", dtype=dtype, backend=backend, threads=options.threads
             )
         except ModelError as error:
-            print(f"{side}: {error}", file=sys.stderr)
+            print(f"{side} is left out: {error}", file=sys.stderr)
+            if backend == "onnx":
+                print("In a checkout, `make bench-backends` makes the graph of the demo model first.", file=sys.stderr)
+    if not runners:
+        sys.exit("no side can run")
     first = next(iter(runners))
 
     for kind in options.kinds:
