@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from embedserve.benchmarks import jsonl
 from embedserve.benchmarks.shapes import SHAPES
 from embedserve.server import config
 
@@ -55,17 +56,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the tool that was asked for; the exit status. Raises ConfigError, and ModelError for a model."""
-    if options.tool == "engine":
-        from embedserve.benchmarks import engine
+    if options.tool == "report":
+        from embedserve.benchmarks import report
 
-        return engine.main(options)
+        return report.main(options)
+    jsonl.check(options.output)
     if options.tool == "http":
         from embedserve.benchmarks import http
 
         return http.main(options)
-    from embedserve.benchmarks import report
+    if options.shape and options.model:
+        raise config.ConfigError("expected --model or --shape, not both")
+    from embedserve.benchmarks import engine
 
-    return report.main(options)
+    return engine.main(options)
 
 
 def _engine_options(parser: argparse.ArgumentParser) -> None:
@@ -170,18 +174,23 @@ def _output_option(parser: Any) -> None:
 
 def _above(bound: float, kind: Callable[[str], float] = float) -> Callable[[str], float]:
     def number(text: str) -> float:
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            value = bound
         if not bound < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"expected more than {bound}, not {text}")
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {what} above {bound:g}, not {text!r}")
         return value
 
-    # argparse names it where the text is no number.
-    number.__name__ = "number"
     return number
 
 
 def _batch(text: str) -> int | str:
-    return text if text == "full" else int(_above(0, int)(text))
+    try:
+        return text if text == "full" else int(_above(0, int)(text))
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor full") from None
 
 
 def _server(text: str) -> tuple[str, str]:

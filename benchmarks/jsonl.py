@@ -9,29 +9,50 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FOLDER", "append", "read", "spread"]
+from embedserve.server.config import ConfigError
+
+__all__ = ["FOLDER", "append", "check", "read", "spread"]
 
 FOLDER = Path(__file__).resolve().parent / "results"
 """Where the project's own lie, in a checkout; not part of the installed package."""
 
 
 def append(line: dict[str, Any], file: Path | str) -> None:
-    """Write a line, complete or not at all. file: "-" for nowhere. Raises OSError."""
-    if str(file) != "-":
+    """Write a line. file: "-" for nowhere. Raises ConfigError where it cannot be written."""
+    _write(json.dumps(line) + "\n", file)
+
+
+def check(file: Path | str) -> None:
+    """Raise ConfigError where no line could be appended: better before an hour of measuring than after it."""
+    _write("", file)
+
+
+def _write(text: str, file: Path | str) -> None:
+    if str(file) == "-":
+        return
+    try:
         with Path(file).open("a", encoding="utf-8") as opened:
-            opened.write(json.dumps(line) + "\n")
+            opened.write(text)
+    except OSError as error:
+        raise ConfigError(f"--output: cannot write {file}: {error.strerror}") from error
 
 
 def read(file: Path | str) -> list[dict[str, Any]]:
-    """All lines of a file. Raises OSError, and ValueError with the number of the line that is none."""
+    """All lines of a file. Raises ConfigError, with the number of the line that is no JSON object."""
+    try:
+        texts = Path(file).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file} is not UTF-8 text") from None
     found = []
-    for number, text in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
+    for number, text in enumerate(texts, 1):
         try:
             line = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{file}, line {number}: expected a JSON object ({error})") from None
+            raise ConfigError(f"{file}, line {number}: expected a JSON object ({error})") from None
         if not isinstance(line, dict):
-            raise ValueError(f"{file}, line {number}: expected a JSON object")
+            raise ConfigError(f"{file}, line {number}: expected a JSON object")
         found.append(line)
     return found
 

@@ -38,21 +38,20 @@ figure { margin: 1rem 0; }
 
 def main(options: argparse.Namespace) -> int:
     """Write the page and its PNG files; the exit status. Raises ConfigError for files that cannot be used."""
+    folder = options.output.with_suffix("")
+    if folder == options.output:
+        raise ConfigError(f"--output: expected a name with an ending, as in {folder}.html: {folder} is for the plots")
     lines = []
     for file in options.files or [bench.OUTPUT]:
-        try:
-            lines += jsonl.read(file)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{file}: cannot be read: {error}") from error
+        lines += jsonl.read(file)
     written, plots = page(lines)
     try:
         options.output.write_text(written, encoding="utf-8")
-        folder = options.output.with_suffix("")
         folder.mkdir(exist_ok=True)
         for name, data in plots.items():
             (folder / f"{name}.png").write_bytes(data)
     except OSError as error:
-        raise ConfigError(f"--output: cannot write {options.output}: {error}") from error
+        raise ConfigError(f"--output: cannot write {error.filename}: {error.strerror}") from error
     print(f"{options.output}, and {len(plots)} plots in {folder}")
     return 0
 
