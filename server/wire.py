@@ -202,7 +202,7 @@ class ModelState(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StatusReply(_Message, frozen=True):
-    """The answer to `StatusRequest`: one entry for every model that an engine has announced."""
+    """The answer to `StatusRequest`: one entry for every model that engines are to serve."""
 
     id: int
     models: list[ModelState]

@@ -591,9 +591,8 @@ def test_whatever_engines_do_every_request_ends_with_its_own_vectors(seed: int) 
         engines = [asyncio.create_task(engine(there)) for _ in range(2)]
         answered = await asyncio.gather(*(client(there, number) for number in range(12)))
         assert min(answered) > 10
-        while len(
-            there.broker._batcher
-        ):  # the last may have hung up just now; what is lost stays until the time is over
+        # The last may have hung up just now; what is never forgotten would stay until the story's time is over.
+        while len(there.broker._batcher):
             await asyncio.sleep(0.01)
         for task in engines:
             task.cancel()
