@@ -1,7 +1,7 @@
-"""What do the figures in README.md and docs/benchmarks.md say? Made from the newest results, not typed.
+"""What do the figures in README.md, docs/benchmarks.md and docs/performance.md say? Made from the newest results.
 
-`python -m embedserve.benchmarks.figures` prints the two sections; with `--write` they go into the two files, between
-their marks.
+`python -m embedserve.benchmarks.figures` prints the sections; with `--write` they go into the files, between their
+marks.
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ IDLE_MS = 8.0
 
 LOADING = 1.2
 """Host memory while a model is loaded, over its weights in the dtype that they run in, at most."""
+
+BUSY = 0.3
+"""Cores that others may use while backends are compared: those with several threads suffer more from it."""
 
 
 def targets() -> str:
@@ -169,7 +172,38 @@ def readme() -> str:
     return "\n".join([*rows, ""])
 
 
-SECTIONS = {"README.md": readme, "docs/benchmarks.md": targets}
+def backends() -> str:
+    """The table of docs/performance.md."""
+    lines = latest("backends.jsonl", "texts")
+    line = next(iter(lines.values()))
+    machine, others = line["machine"], [each["cores_used_by_others"] for each in lines.values()]
+    first = line["compared_with"]
+    rows = [
+        f"{line['model']}, {machine['cores']} cores of an {machine['cpu']} ({machine['cpu_capability']}), torch "
+        f"{machine['torch']}, onnxruntime {machine['onnxruntime']}, transformers {machine['transformers']}, "
+        f"{machine['date']}. Medians of {line['rounds']} alternating rounds, and times the rate of {first}, in "
+        f"brackets the lowest and the highest. Others used {min(others):.1f} to {max(others):.1f} cores meanwhile"
+        + (": **too busy a machine** for more than a first impression." if max(others) > BUSY else "."),
+        "",
+        f"| | {' | '.join(lines)} | lowest cosine |",
+        "|---|" + "---|" * (len(lines) + 1),
+    ]
+    # A run may have been of fewer sides than another.
+    for side in dict.fromkeys(side for each in lines.values() for side in each["milliseconds"]):
+        shown, cosines = [], []
+        for kind, each in lines.items():
+            if side not in each["milliseconds"]:
+                shown.append("–")
+                continue
+            cosines.append(each["lowest_cosine"][side])
+            figures, unit = ("milliseconds", "ms") if kind == "one" else ("tokens_per_second", "tokens/s")
+            times = "" if side == first else f", {ranged(each['times_its_rate'][side])}"
+            shown.append(f"{number(each[figures][side]['median'])} {unit}{times}")
+        rows.append(f"| {side} | {' | '.join(shown)} | {min(cosines):.4f} |")
+    return "\n".join([*rows, ""])
+
+
+SECTIONS = {"README.md": readme, "docs/benchmarks.md": targets, "docs/performance.md": backends}
 
 
 def replaced(text: str, section: str) -> str:
@@ -181,7 +215,7 @@ def replaced(text: str, section: str) -> str:
 def main() -> None:
     """Print or write the sections."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--write", action="store_true", help="into README.md and docs/benchmarks.md")
+    parser.add_argument("--write", action="store_true", help=f"into {', '.join(SECTIONS)}")
     write = parser.parse_args().write
     for file, section in SECTIONS.items():
         if write:
