@@ -6,6 +6,7 @@ What needs torch or another heavy library is imported by the function of the com
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -216,6 +217,8 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
 def _bench(options: argparse.Namespace) -> int:
     from embedserve.benchmarks import bench
 
+    # Ends as Ctrl-C does: otherwise random weights, gigabytes for the larger shapes, would stay in the temporary folder.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     return bench.run(options)
 
 
