@@ -217,7 +217,7 @@ def _bench_options(parser: argparse.ArgumentParser) -> None:
 def _bench(options: argparse.Namespace) -> int:
     from embedserve.benchmarks import bench
 
-    # Ends as Ctrl-C does: otherwise random weights, gigabytes for the larger shapes, would stay in the temporary folder.
+    # Ends as Ctrl-C does: random weights, gigabytes for the larger shapes, would stay in the temporary folder.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return bench.run(options)
 
