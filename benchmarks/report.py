@@ -139,16 +139,18 @@ def _series(swept: list[Line]) -> dict[str, list[Line]]:
 def _draw_rates(swept: list[Line], axes: Axes) -> None:
     for label, row in _series(swept).items():
         axes.plot([line["length"] for line in row], [line["tokens_per_second"] for line in row], "o-", label=label)
-    axes.set(yscale="log", xlabel="tokens of a text", ylabel="tokens/s", title="Rate")
+    axes.set(xlabel="tokens of a text", ylabel="tokens/s", title="Rate")
     _doubling(axes, [line["length"] for line in swept])
+    _decades(axes)
     axes.legend(fontsize=7, title="texts")
 
 
 def _draw_latencies(swept: list[Line], axes: Axes) -> None:
     for row in _series(swept).values():
         axes.plot([line["length"] for line in row], [line["p50_ms"] for line in row], "o-")
-    axes.set(yscale="log", xlabel="tokens of a text", ylabel="ms, median", title="Latency")
+    axes.set(xlabel="tokens of a text", ylabel="ms, median", title="Latency")
     _doubling(axes, [line["length"] for line in swept])
+    _decades(axes)
 
 
 def _doubling(axes: Axes, values: Sequence[int]) -> None:
@@ -156,6 +158,16 @@ def _doubling(axes: Axes, values: Sequence[int]) -> None:
     places = sorted(set(values))
     axes.set_xscale("log", base=2)
     axes.set_xticks(places, [str(place) for place in places])
+    axes.minorticks_off()
+
+
+def _decades(axes: Axes) -> None:
+    """A vertical axis of powers of ten with 2 and 5 between them: figures may all lie within one of them."""
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.minorticks_off()
 
 
