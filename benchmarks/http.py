@@ -58,7 +58,9 @@ def main(options: argparse.Namespace) -> int:
     for name, why in run.out.items():
         print(f"{name} could not be measured: {why}", file=sys.stderr)
     if run.errors:
-        print(f"{run.errors} requests were answered with errors, or not at all", file=sys.stderr)
+        print(f"{run.errors.total()} requests were answered with errors, or not at all", file=sys.stderr)
+    if run.errors["429"]:
+        print("429 is a server's limit of requests, of ours --rate-limit: 0 switches it off", file=sys.stderr)
     return 1 if run.out or run.errors else 0
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -37,7 +38,7 @@ LEAST_ROUNDS = 3
 class Run:
     """The rounds of all scenarios.
 
-    out: the parties that failed, and why. errors: requests that failed, of all parties.
+    out: the parties that failed, and why. errors: what requests of all parties met instead of a 200, and how often.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Run:
     ) -> None:
         """options: rounds, output, encoding_format; limit: seconds from now that all of it may take."""
         self.out: dict[str, str] = {}
-        self.errors = 0
+        self.errors: Counter[str] = Counter()
         self._options, self._words, self._machine, self._progress = options, words, machine, progress
         self._until = time.monotonic() + float(options.limit)
         self._cosines: dict[str, float] = {}
@@ -166,7 +167,8 @@ class Run:
             for party in parties
             if party.name in figures
         }
-        self.errors += sum(sum(each["errors"].values()) for each in found.values())
+        for each in found.values():
+            self.errors.update(each["errors"])
         line = {
             "benchmark": "http",
             "scenario": scenario.name,

@@ -142,6 +142,10 @@ class Runner:
         kind = devices.pick_dtype(dtype, place, config, progress)
         devices.check_compiler(place)
         count = devices.set_threads(threads)
+        if place.type == "cpu" and count > (cores := len(cpu_threads.available_cores())):
+            progress(
+                f"{count} threads on {cores} cores: they will wait for each other, far slower than {cores} threads"
+            )
         # Large enough an operation to be shared out among all workers.
         if pin and place.type == "cpu" and cpu_threads.pin(count, lambda: torch.ones(1 << 20).add_(1.0)):
             progress(f"{count} threads, each on a core of its own")

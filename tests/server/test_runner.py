@@ -303,6 +303,16 @@ def test_weights_that_do_not_fit_are_refused_by_name(folder: Path, monkeypatch: 
         Runner.load(folder, device="cpu")
 
 
+def test_more_threads_than_cores_are_warned_of(folder: Path) -> None:
+    before, said = torch.get_num_threads(), []
+    cores = len(os.sched_getaffinity(0))
+    try:
+        Runner.load(folder, device="cpu", threads=cores + 1, progress=said.append)
+    finally:
+        torch.set_num_threads(before)
+    assert f"{cores + 1} threads on {cores} cores" in said[0]
+
+
 @pytest.mark.parametrize(("pinned", "turns"), [(False, "1000"), (True, "20000")])
 def test_waiting_threads_spin_for_a_bounded_time(pinned: bool, turns: str) -> None:
     # libgomp prints its settings when it is loaded.
