@@ -35,7 +35,7 @@ from embedserve.models import catalog
 from embedserve.models.config import ModelConfig, read_config
 from embedserve.server import config as server_config
 from embedserve.server import served, threads
-from embedserve.server.config import ServerConfig
+from embedserve.server.config import ConfigError, ServerConfig
 
 threads.set_patience()  # before torch is loaded
 import torch  # noqa: E402
@@ -50,9 +50,10 @@ LENGTHS = (16, 32, 128, 256, 512, 2048, 8192)
 BATCHES = (1, 8, 32, "full")
 # Log-normal, as lengths of passages and queries together are: median, and sigma of the logarithm.
 MIX = (64, 1.0)
-# A cell of which one call takes longer than so many times the measured seconds, at the best rate so far, is left out;
-# the first cells are small, and their rates too low by a factor of five.
+# A cell of which one call takes longer than so many times the measured seconds, at the best rate so far, is left out.
 PATIENCE = 20.0
+# Batches of fewer tokens say nothing of larger ones: what a call costs besides its tokens is most of their time.
+TELLING_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ def sweep(model: Model, runner: Runner, options: argparse.Namespace) -> None:
     info = runner.info
     asked = options.lengths or LENGTHS
     todo = cells(asked, options.batches or BATCHES, info.max_batch_tokens, info.max_tokens, mix=options.mix)
+    if min(asked) > info.max_tokens:
+        raise ConfigError(f"--lengths: {model.name} takes {info.max_tokens} tokens, and all of them are longer")
     for length in asked:
         if length > info.max_tokens and options.lengths:
             _tell(f"{length} tokens are left out: {model.name} takes {info.max_tokens}")
@@ -163,7 +166,8 @@ def sweep(model: Model, runner: Runner, options: argparse.Namespace) -> None:
                 progress.step("", 1)
                 continue
             found = measure(runner, model.config, cell, options.seconds)
-            fastest = max(fastest, found["tokens_per_second"])
+            if tokens >= TELLING_TOKENS:
+                fastest = max(fastest, found["tokens_per_second"])
             # Clocks rise and fall: of the rates beside the cells the highest is the limit.
             rate = max(rate, matrix_rate(info.device, info.dtype, seconds=0.1))
             share = found["flops"] and round(found["flops"] / found["seconds_a_call"] / rate.flops, 4)

@@ -155,3 +155,9 @@ def test_library_that_takes_the_model_for_another_is_not_compared(
     monkeypatch.setitem(shapes.SHAPES, "jina-v2-base", tiny("jina-v2-base"))
     with pytest.raises(ConfigError, match="does not do the same work"):
         run("--shape", "jina-v2-base", "--device", "cpu", "--against", "sentence-transformers", "-o", "-")
+
+
+def test_lengths_that_are_all_beyond_the_model_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(shapes.SHAPES, "minilm", tiny("minilm"))
+    with pytest.raises(ConfigError, match=r"--lengths: .* takes \d+ tokens, and all of them are longer"):
+        run("--shape", "minilm", "--device", "cpu", "--lengths", "100000", "--max-batch-tokens", "64", "-o", "-")
