@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import time
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 __all__ = ["Progress"]
 
@@ -23,19 +25,31 @@ class Progress:
         self._started = time.monotonic()
         self._stream = sys.stderr if stream is None else stream
         self._bar = self._stream.isatty()
+        self._interrupted = False
+        self._before: Any = None
 
     def __enter__(self) -> Progress:
-        """Return itself."""
+        """From now on Ctrl-C holds: where the exception that it raises gets lost, the next step raises it again."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._interrupt)
         return self
+
+    def _interrupt(self, *_: object) -> None:
+        self._interrupted = True
+        raise KeyboardInterrupt
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Leave the terminal an empty line."""
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
         self._clear()
 
     def step(self, text: str, done: float = 0.0) -> None:
         """What is done now, and how much was done since the last call."""
+        if self._interrupted:
+            raise KeyboardInterrupt
         self.done = min(self.total, self.done + done)
         share = self.done / self.total if self.total else 0.0
         elapsed = time.monotonic() - self._started

@@ -265,16 +265,8 @@ def test_interruption_keeps_the_scenarios_that_are_whole(tmp_path: Path) -> None
         until = time.monotonic() + 60
         while not (output.exists() and output.read_text()) and time.monotonic() < until:
             time.sleep(0.05)
-        try:
-            child.send_signal(signal.SIGINT)
-            try:
-                _, said = child.communicate(timeout=15)
-            except subprocess.TimeoutExpired:
-                # Seen once in some forty runs: a signal between two event loops had no effect. A second one has.
-                child.send_signal(signal.SIGINT)
-                _, said = child.communicate(timeout=15)
-        finally:
-            child.kill()
+        child.send_signal(signal.SIGINT)
+        _, said = child.communicate(timeout=30)
     assert child.returncode == 130
     assert "interrupted" in said
     lines = [json.loads(line) for line in output.read_text().splitlines()]
